@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+# Works from any directory with `make -C`. ARGS go to the program that a target runs,
+# PYTHON and TORCH choose what .venv is made of: make venv PYTHON=python3.12 TORCH=2.14.1
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?=
+ARGS ?=
+BIN := $(abspath $(VENV))/bin
+CORE := build/core
+export PYTHON TORCH
+export PATH := $(BIN):$(PATH)
+
+# With folders, whose times change when a file comes or goes.
+SOURCES := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py \
+  $(shell find csrc)
+CPP_FILES = $(shell find csrc tests/cpp -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help venv build train test test-all cpp-test lint format wheel clean ip
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | \
+	  awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+$(VENV)/.made:
+	@tools/prepare.sh venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made $(SOURCES)
+	@echo "== building and installing torch_automoe"
+	@CMAKE_ARGS="-DAUTOMOE_WERROR=ON $${CMAKE_ARGS:-}" \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check \
+	  --no-build-isolation -e '.[dev]'
+	@touch $@
+
+venv: $(VENV)/.made ## make .venv with torch, UCX and the build tools
+
+build: $(VENV)/.installed ## build the extension and install the package into .venv
+
+ip:
+	@tools/prepare.sh ip
+
+train: build ip ## train a small MoE model on real text over emulated nodes
+	$(BIN)/automoe train $(ARGS)
+
+cpp-test: $(VENV)/.made
+	@tools/prepare.sh gtest
+	cmake -S . -B $(CORE) -G Ninja -DPython_EXECUTABLE=$(BIN)/python \
+	  -DAUTOMOE_BUILD_TORCH=OFF -DAUTOMOE_BUILD_TESTS=ON
+	cmake --build $(CORE)
+	timeout 900 $(CORE)/automoe_tests --gtest_brief=1
+
+test: build ip cpp-test ## run the C++ tests and the Python tests that are not slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: build ip cpp-test ## run every test, the heavy matrices too
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: build ## check formatting, Python style, include levels and file sizes
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_layers.py
+	$(BIN)/python tools/check_sources.py
+
+format: build ## format all sources in place
+	$(BIN)/clang-format -i $(CPP_FILES)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: build ## build a wheel into dist/
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+clean: ## remove what was built, but not .venv
+	rm -rf build dist torch_automoe.egg-info torch_automoe/_build.py \
+	  torch_automoe/_C.*.so $(VENV)/.installed
