@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// What Python sees of the C++ side: torch_automoe._C.
+#include <pybind11/chrono.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "process_group/network/interface.hpp"
+#include "process_group/process_group_automoe.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using automoe::ProcessGroupAutoMoe;
+using NoGil = py::gil_scoped_release;
+
+c10::intrusive_ptr<ProcessGroupAutoMoe> create(
+    const c10::intrusive_ptr<c10d::Store>& store,
+    int rank,
+    int size,
+    std::chrono::milliseconds timeout,
+    const std::string& name,
+    const c10::intrusive_ptr<c10d::Backend>& inner) {
+  return c10::make_intrusive<ProcessGroupAutoMoe>(
+      store, rank, size, timeout, name, inner);
+}
+
+py::dict describeTopology(const ProcessGroupAutoMoe& group) {
+  const automoe::Topology& topology = group.topology();
+  std::vector<int> nodes;
+  std::vector<int> localRanks;
+  for (int rank = 0; rank < topology.size(); ++rank) {
+    nodes.push_back(topology.nodeOf(rank));
+    localRanks.push_back(topology.localRankOf(rank));
+  }
+  py::dict result;
+  result["rank"] = topology.rank();
+  result["num_nodes"] = topology.numNodes();
+  result["node_of_rank"] = nodes;
+  result["local_rank_of_rank"] = localRanks;
+  return result;
+}
+
+py::dict describeInterface() {
+  const automoe::Interface interface =
+      automoe::chooseInterface(automoe::Config::fromEnvironment());
+  py::dict result;
+  result["name"] = interface.name;
+  result["address"] = interface.address;
+  result["reason"] = interface.reason;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ side of torch_automoe";
+  // Its types are the bases of ours.
+  py::module_::import("torch._C._distributed_c10d");
+
+  py::class_<
+      ProcessGroupAutoMoe,
+      c10::intrusive_ptr<ProcessGroupAutoMoe>,
+      c10d::Backend>(m, "ProcessGroupAutoMoe")
+      .def(
+          py::init(&create),
+          py::arg("store"),
+          py::arg("rank"),
+          py::arg("size"),
+          py::arg("timeout"),
+          py::arg("name"),
+          py::arg("inner"),
+          py::call_guard<NoGil>())
+      .def("topology", &describeTopology)
+      .def(
+          "explain_exchange",
+          &ProcessGroupAutoMoe::explainExchange,
+          py::call_guard<NoGil>())
+      .def("stats", &ProcessGroupAutoMoe::stats, py::call_guard<NoGil>());
+
+  m.def(
+      "shutdown",
+      &automoe::shutdownProcess,
+      py::arg("timeout"),
+      py::call_guard<NoGil>());
+  m.def("choose_interface", &describeInterface);
+}

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "process_group/common/config.hpp"
+
+#include <cstdlib>
+
+#include "process_group/common/error.hpp"
+
+namespace automoe {
+namespace {
+
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? std::string() : std::string(value);
+}
+
+LogLevel parseLogLevel(const std::string& text) {
+  if (text.empty() || text == "warn") {
+    return LogLevel::kWarn;
+  }
+  if (text == "info") {
+    return LogLevel::kInfo;
+  }
+  if (text == "debug") {
+    return LogLevel::kDebug;
+  }
+  throw InvalidArgument(
+      concat("AUTOMOE_LOG is '", text, "', expected debug, info or warn"));
+}
+
+}  // namespace
+
+Config Config::fromEnvironment() {
+  Config config;
+  config.node = variable("AUTOMOE_NODE");
+  config.interface = variable("AUTOMOE_INTERFACE");
+  config.logLevel = parseLogLevel(variable("AUTOMOE_LOG"));
+  config.masterAddress = variable("MASTER_ADDR");
+  return config;
+}
+
+}  // namespace automoe

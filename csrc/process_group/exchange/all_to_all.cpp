@@ -1,0 +1,472 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "process_group/exchange/all_to_all.hpp"
+
+#include <cstring>
+#include <utility>
+
+#include "process_group/common/error.hpp"
+#include "process_group/exchange/engine.hpp"
+#include "process_group/exchange/group.hpp"
+
+namespace automoe {
+namespace {
+
+// Copied twice through a mailbox rather than read from the other process: a
+// system call and an answer cost more than the second copy of so few bytes.
+constexpr uint64_t kInlineBytes = 8 * 1024;
+
+std::string withElements(uint64_t bytes, uint32_t elementBytes) {
+  return concat(
+      bytes, " bytes (", bytes / elementBytes, " x ", elementBytes, ")");
+}
+
+}  // namespace
+
+AllToAll::AllToAll(Group& group, uint64_t sequence)
+    : Operation(sequence, Clock::time_point::max()),
+      group_(group),
+      sources_(static_cast<size_t>(group.topology().size())),
+      rides_(static_cast<size_t>(group.topology().numNodes())) {}
+
+AllToAll::~AllToAll() = default;
+
+Record AllToAll::postedRecord(int destination) const {
+  Record record =
+      group_.makeRecord(RecordKind::kPosted, sequence(), destination);
+  const auto index = static_cast<size_t>(destination);
+  record.dtype = arguments_.dtype;
+  record.elementBytes = arguments_.elementBytes;
+  record.sendBytes = arguments_.sends[index].bytes;
+  record.receiveBytes = arguments_.receives[index].bytes;
+  return record;
+}
+
+void AllToAll::post(AllToAllArguments arguments, Clock::time_point deadline) {
+  arguments_ = std::move(arguments);
+  setDeadline(deadline);
+  posted_ = true;
+  const Topology& topology = group_.topology();
+  // Nothing is sent when a record that is already here does not agree.
+  for (int rank = 0; rank < topology.size(); ++rank) {
+    if (source(rank).posted && !sizesAgree(rank)) {
+      return;
+    }
+  }
+  // One step for each block to receive, and one that keeps the operation
+  // open until everything has been posted.
+  pending_ = static_cast<uint64_t>(topology.size() - 1) + 1;
+  for (int rank : topology.ranksOf(topology.node())) {
+    if (rank != topology.rank()) {
+      postToMate(rank);
+    }
+  }
+  for (int i = 1; i < topology.numNodes(); ++i) {
+    postToNode((topology.node() + i) % topology.numNodes());
+  }
+  for (int rank = 0; rank < topology.size() && !finished(); ++rank) {
+    if (source(rank).posted) {
+      settle(rank);
+      take(rank, std::as_bytes(std::span(source(rank).kept)));
+    }
+  }
+  if (!finished()) {
+    stepDone();
+  }
+}
+
+void AllToAll::postToMate(int destination) {
+  Record record = postedRecord(destination);
+  const std::byte* data =
+      arguments_.sends[static_cast<size_t>(destination)].data;
+  Peer& peer = group_.peer(destination);
+  Source& state = source(destination);
+  std::span<const std::byte> payload;
+  if (record.sendBytes == 0) {
+    record.carrier = Carrier::kNone;
+  } else if (
+      record.sendBytes <= kInlineBytes &&
+      (state.posted || peer.budget.tryRide(record.sendBytes))) {
+    record.carrier = Carrier::kInline;
+    payload = {data, record.sendBytes};
+    state.rode = state.posted ? 0 : record.sendBytes;
+    group_.mutableCounters().inlineBlocks += 1;
+  } else if (peer.mate->description().readsUs) {
+    record.carrier = Carrier::kCrossMemory;
+    record.place = reinterpret_cast<uint64_t>(data);
+    state.reads = true;
+    pending_ += 1;
+    group_.mutableCounters().readBlocks += 1;
+  } else {
+    record.carrier = Carrier::kLater;
+    state.waitsForMatch = true;
+    pending_ += 1;
+    group_.mutableCounters().stagedBlocks += 1;
+  }
+  record.bytes = payload.size();
+  peer.mate->post(asBytes(record), payload);
+}
+
+void AllToAll::postToNode(int node) {
+  const Topology& topology = group_.topology();
+  const auto ranks = topology.ranksOf(node);
+  const int railPeer = topology.railPeer(node);
+  Packet packet;
+  uint64_t total = 0;
+  for (int rank : ranks) {
+    const auto& send = arguments_.sends[static_cast<size_t>(rank)];
+    const auto& receive = arguments_.receives[static_cast<size_t>(rank)];
+    packet.sizes.push_back({send.bytes, receive.bytes});
+    total += send.bytes;
+  }
+  GroupCounters& counters = group_.mutableCounters();
+  counters.networkPayloadBytes += total;
+  if (total > 0 && group_.peer(railPeer).budget.tryRide(total)) {
+    NodeRide& ride = rides_[static_cast<size_t>(node)];
+    ride.bytes = total;
+    for (int rank : ranks) {
+      const auto& send = arguments_.sends[static_cast<size_t>(rank)];
+      packet.blocks.emplace_back(send.data, send.bytes);
+      ride.unmatchedRanks += source(rank).posted ? 0 : 1;
+    }
+    if (ride.unmatchedRanks == 0) {
+      group_.peer(railPeer).budget.matched(total);
+    }
+    counters.packets += 1;
+  } else {
+    for (int rank : ranks) {
+      const bool any = arguments_.sends[static_cast<size_t>(rank)].bytes > 0;
+      source(rank).waitsForMatch = any;
+      pending_ += any ? 1 : 0;
+      counters.directBlocks += any ? 1 : 0;
+    }
+  }
+  Record record = postedRecord(railPeer);
+  std::string bytes = encodePacket(packet);
+  record.bytes = bytes.size();
+  pending_ += 1;
+  group_.engine().network().send(
+      group_.peer(railPeer).process,
+      asBytes(record),
+      {},
+      [self = shared_from_this()](bool ok) {
+        if (ok && !self->finished()) {
+          self->stepDone();
+        }
+      },
+      std::move(bytes));
+}
+
+void AllToAll::sourcePosted(
+    const Record& record, std::span<const std::byte> payload) {
+  Source& state = source(record.source);
+  if (state.posted) {
+    throw TransportError(
+        concat("rank ", record.source, " posted one operation twice"));
+  }
+  state.posted = true;
+  state.record = record;
+  if (!posted_) {
+    state.kept.assign(
+        reinterpret_cast<const char*>(payload.data()), payload.size());
+    return;
+  }
+  if (!sizesAgree(record.source)) {
+    return;
+  }
+  settle(record.source);
+  take(record.source, payload);
+}
+
+bool AllToAll::sizesAgree(int rank) {
+  const Record& record = source(rank).record;
+  const auto index = static_cast<size_t>(rank);
+  const uint64_t expected = arguments_.receives[index].bytes;
+  const uint64_t sent = arguments_.sends[index].bytes;
+  const int self = group_.topology().rank();
+  std::string text;
+  // Both sides find the same disagreement and say the same words; the lower
+  // direction first, so that they also begin with the same one.
+  const auto disagree = [&](int from, int to, uint64_t sends, uint64_t awaits) {
+    if (sends != awaits && text.empty()) {
+      text = concat(
+          "rank ",
+          from,
+          " sends ",
+          withElements(sends, arguments_.elementBytes),
+          " to rank ",
+          to,
+          ", but rank ",
+          to,
+          " expects ",
+          withElements(awaits, arguments_.elementBytes),
+          "; input_split_sizes of the one must equal output_split_sizes of "
+          "the other");
+    }
+  };
+  if (rank < self) {
+    disagree(rank, self, record.sendBytes, expected);
+    disagree(self, rank, sent, record.receiveBytes);
+  } else {
+    disagree(self, rank, sent, record.receiveBytes);
+    disagree(rank, self, record.sendBytes, expected);
+  }
+  if (text.empty() && record.dtype != arguments_.dtype &&
+      record.sendBytes + sent > 0 && arguments_.dtypeName != nullptr) {
+    text = concat(
+        "rank ",
+        rank,
+        " posted tensors of ",
+        arguments_.dtypeName(record.dtype),
+        ", rank ",
+        self,
+        " of ",
+        arguments_.dtypeName(arguments_.dtype),
+        "; they must agree");
+  }
+  if (text.empty()) {
+    return true;
+  }
+  group_.fail(
+      FailureKind::kMismatch,
+      concat(
+          "all_to_all number ",
+          sequence(),
+          " of group ",
+          group_.name(),
+          ": ",
+          text));
+  return false;
+}
+
+void AllToAll::settle(int rank) {
+  Source& state = source(rank);
+  if (state.rode > 0) {
+    group_.peer(rank).budget.matched(state.rode);
+    state.rode = 0;
+  }
+  ridesMatched(rank);
+  if (state.waitsForMatch) {
+    state.waitsForMatch = false;
+    sendMatched(rank);
+  }
+}
+
+void AllToAll::ridesMatched(int rank) {
+  const Topology& topology = group_.topology();
+  const int node = topology.nodeOf(rank);
+  NodeRide& ride = rides_[static_cast<size_t>(node)];
+  if (ride.unmatchedRanks > 0) {
+    ride.unmatchedRanks -= 1;
+    if (ride.unmatchedRanks == 0) {
+      group_.peer(topology.railPeer(node)).budget.matched(ride.bytes);
+    }
+  }
+}
+
+void AllToAll::sendMatched(int destination) {
+  const auto& send = arguments_.sends[static_cast<size_t>(destination)];
+  const Topology& topology = group_.topology();
+  auto self = shared_from_this();
+  Engine& engine = group_.engine();
+  const auto done = [this] { stepDone(); };
+  Peer& peer = group_.peer(destination);
+  if (peer.mate != nullptr && topology.nodeOf(destination) == topology.node()) {
+    StagedSend job;
+    job.operation = self;
+    job.mate = peer.mate;
+    job.record =
+        group_.makeRecord(RecordKind::kStaged, sequence(), destination);
+    job.data = send.data;
+    job.bytes = send.bytes;
+    job.done = done;
+    engine.transfers().add(std::move(job));
+    return;
+  }
+  const int nodes = topology.numNodes();
+  const int node = topology.nodeOf(destination);
+  const auto perNode = static_cast<int>(topology.ranksOf(node).size());
+  const int hop = (node - topology.node() + nodes) % nodes;
+  const int rail = (topology.localRankOf(destination) -
+                    topology.localRank() % perNode + perNode) %
+                   perNode;
+  DirectSend job;
+  job.operation = self;
+  job.process = peer.process;
+  job.record = group_.makeRecord(RecordKind::kPayload, sequence(), destination);
+  job.data = send.data;
+  job.bytes = send.bytes;
+  job.order = {sequence(), hop * topology.size() + rail};
+  job.done = done;
+  engine.transfers().add(std::move(job));
+}
+
+void AllToAll::take(int rank, std::span<const std::byte> payload) {
+  Source& state = source(rank);
+  const Record& record = state.record;
+  const auto& to = arguments_.receives[static_cast<size_t>(rank)];
+  switch (record.carrier) {
+    case Carrier::kNone:
+      break;
+    case Carrier::kInline:
+      if (payload.size() != to.bytes) {
+        throw TransportError(concat(
+            "a block of ", to.bytes, " bytes came with ", payload.size()));
+      }
+      std::memcpy(to.data, payload.data(), payload.size());
+      state.kept.clear();
+      break;
+    case Carrier::kExtent: {
+      const Segment& owner = group_.peer(record.owner).mate->segment();
+      std::memcpy(
+          to.data, owner.at(record.place + record.offset, to.bytes), to.bytes);
+      NodeMemory::doneReading(owner, record.place);
+      break;
+    }
+    case Carrier::kCrossMemory: {
+      MateRead job;
+      job.operation = shared_from_this();
+      job.mate = group_.peer(rank).mate;
+      job.address = record.place;
+      job.to = to.data;
+      job.bytes = to.bytes;
+      job.failures = record.failures;
+      job.done = [this, rank] {
+        const Record answer =
+            group_.makeRecord(RecordKind::kReadDone, sequence(), rank);
+        group_.peer(rank).mate->post(asBytes(answer));
+        received(rank);
+      };
+      job.failed = [this, rank](const std::string& cause) {
+        group_.fail(
+            FailureKind::kPeer,
+            concat("the tensors of rank ", rank, " cannot be read: ", cause));
+      };
+      group_.engine().transfers().add(std::move(job));
+      return;
+    }
+    case Carrier::kLater:
+      if (state.got < to.bytes) {
+        return;  // chunks are still to come
+      }
+      break;
+  }
+  received(rank);
+}
+
+void AllToAll::chunkArrived(
+    const Record& record, std::span<const std::byte> payload) {
+  Source& state = source(record.source);
+  const auto& to = arguments_.receives[static_cast<size_t>(record.source)];
+  // The source had our record before it sent, so our call has been made.
+  if (!posted_ || payload.size() != record.bytes || record.offset > to.bytes ||
+      record.bytes > to.bytes - record.offset) {
+    throw TransportError(concat(
+        "a chunk of ",
+        record.bytes,
+        " bytes at ",
+        record.offset,
+        " does not fit the block from rank ",
+        record.source));
+  }
+  std::memcpy(to.data + record.offset, payload.data(), payload.size());
+  state.got += payload.size();
+  // Its record goes through a node-mate and may be later than the bytes.
+  if (state.got == to.bytes && state.posted) {
+    received(record.source);
+  }
+}
+
+void AllToAll::chunkStaged(const Record& record) {
+  Mate& mate = *group_.peer(record.source).mate;
+  const std::byte* data = mate.segment().at(record.place, record.bytes);
+  chunkArrived(record, {data, record.bytes});
+  NodeMemory::doneReading(mate.segment(), record.place);
+  mate.wake();  // its slot is free again
+}
+
+void AllToAll::blockRead(const Record& record) {
+  Source& state = source(record.source);
+  if (state.reads) {
+    state.reads = false;
+    stepDone();
+  }
+}
+
+void AllToAll::abandon() {
+  const Topology& topology = group_.topology();
+  for (int rank = 0; rank < topology.size(); ++rank) {
+    Source& state = source(rank);
+    if (state.rode > 0) {
+      group_.peer(rank).budget.matched(state.rode);
+      state.rode = 0;
+    }
+    if (state.posted && !state.received &&
+        state.record.carrier == Carrier::kExtent) {
+      const Segment& owner = group_.peer(state.record.owner).mate->segment();
+      NodeMemory::doneReading(owner, state.record.place);
+      state.received = true;
+    }
+  }
+  for (int node = 0; node < topology.numNodes(); ++node) {
+    NodeRide& ride = rides_[static_cast<size_t>(node)];
+    if (ride.unmatchedRanks > 0) {
+      group_.peer(topology.railPeer(node)).budget.matched(ride.bytes);
+      ride.unmatchedRanks = 0;
+    }
+  }
+}
+
+void AllToAll::received(int rank) {
+  Source& state = source(rank);
+  if (!state.received) {
+    state.received = true;
+    stepDone();
+  }
+}
+
+void AllToAll::stepDone() {
+  pending_ -= 1;
+  if (pending_ == 0) {
+    group_.operationEnded(sequence());
+    finish(nullptr);
+  }
+}
+
+std::string AllToAll::waitsFor() const {
+  std::string records;
+  std::string blocks;
+  std::string readers;
+  for (size_t i = 0; i < sources_.size(); ++i) {
+    const Source& state = sources_[i];
+    if (static_cast<int>(i) == group_.topology().rank()) {
+      continue;
+    }
+    if (!state.posted) {
+      records += concat(records.empty() ? "" : ", ", i);
+    } else if (posted_ && !state.received) {
+      blocks += concat(
+          blocks.empty() ? "" : ", ",
+          i,
+          " (",
+          state.got,
+          " of ",
+          arguments_.receives[i].bytes,
+          " bytes)");
+    }
+    if (state.reads) {
+      readers += concat(readers.empty() ? "" : ", ", i);
+    }
+  }
+  std::string text;
+  const auto add = [&](const char* what, const std::string& ranks) {
+    if (!ranks.empty()) {
+      text += concat(text.empty() ? "" : "; ", what, ranks);
+    }
+  };
+  add("ranks that have not posted it: ", records);
+  add("bytes from ranks: ", blocks);
+  add("ranks that still read our blocks: ", readers);
+  return text.empty() ? "its sends to leave" : text;
+}
+
+}  // namespace automoe

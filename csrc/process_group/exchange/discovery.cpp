@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "process_group/exchange/discovery.hpp"
+
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <utility>
+#include <vector>
+
+#include "process_group/common/bytes.hpp"
+#include "process_group/common/error.hpp"
+#include "process_group/common/log.hpp"
+
+namespace automoe {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+/// First round: what a rank says before it has met anybody.
+struct Introduction {
+  uint32_t version = Record::kVersion;
+  uint64_t process = 0;
+  uint64_t nonce = 0;
+  int64_t pid = 0;
+  std::string host;
+  std::string memoryAddress;
+  std::string node;  // its pin, or empty
+
+  std::string encode() const {
+    ByteWriter writer;
+    writer.put(version);
+    writer.put(process);
+    writer.put(nonce);
+    writer.put(pid);
+    writer.putString(host);
+    writer.putString(memoryAddress);
+    writer.putString(node);
+    return writer.take();
+  }
+  static Introduction decode(const std::string& bytes) {
+    ByteReader reader(bytes);
+    Introduction it;
+    it.version = reader.get<uint32_t>();
+    it.process = reader.get<uint64_t>();
+    it.nonce = reader.get<uint64_t>();
+    it.pid = reader.get<int64_t>();
+    it.host = reader.getString();
+    it.memoryAddress = reader.getString();
+    it.node = reader.getString();
+    return it;
+  }
+};
+
+/// Second round: where it has found itself to be.
+struct Placement {
+  int64_t label = 0;
+  std::string error;
+
+  std::string encode() const {
+    ByteWriter writer;
+    writer.put(label);
+    writer.putString(error);
+    return writer.take();
+  }
+  static Placement decode(const std::string& bytes) {
+    ByteReader reader(bytes);
+    Placement it;
+    it.label = reader.get<int64_t>();
+    it.error = reader.getString();
+    return it;
+  }
+};
+
+std::string hostName() {
+  char name[256] = "";
+  ::gethostname(name, sizeof(name) - 1);
+  return name;
+}
+
+// FNV-1a; the nonce makes it differ between incarnations of one name.
+uint64_t groupId(const std::string& name, uint64_t nonce) {
+  uint64_t hash = 14695981039346656037ULL;
+  const auto mix = [&hash](const char* bytes, size_t size) {
+    for (size_t i = 0; i < size; ++i) {
+      hash = (hash ^ static_cast<uint8_t>(bytes[i])) * 1099511628211ULL;
+    }
+  };
+  mix(name.data(), name.size());
+  mix(reinterpret_cast<const char*>(&nonce), sizeof(nonce));
+  return hash;
+}
+
+class Round {
+ public:
+  // A store may outlive a group and be used for its successor of the same
+  // name; each rank counts its incarnations, so the counts agree.
+  Round(KeyValueStore& store, int rank, int size)
+      : store_(store), rank_(rank), size_(size) {
+    incarnation_ = store.add(concat("automoe/incarnation/", rank), 1);
+  }
+
+  std::vector<std::string> exchange(
+      const char* round, const std::string& value) {
+    std::vector<std::string> keys;
+    for (int rank = 0; rank < size_; ++rank) {
+      keys.push_back(concat("automoe/", incarnation_, "/", round, "/", rank));
+    }
+    store_.set(keys[static_cast<size_t>(rank_)], value);
+    return store_.get(keys);
+  }
+
+ private:
+  KeyValueStore& store_;
+  int rank_;
+  int size_;
+  int64_t incarnation_;
+};
+
+void checkVersions(const std::vector<Introduction>& all) {
+  for (size_t rank = 0; rank < all.size(); ++rank) {
+    if (all[rank].version != all[0].version) {
+      throw InvalidArgument(concat(
+          "rank ",
+          rank,
+          " on ",
+          all[rank].host,
+          " speaks version ",
+          all[rank].version,
+          " of the automoe protocol, rank 0 on ",
+          all[0].host,
+          " version ",
+          all[0].version,
+          "; install the same torch_automoe on all nodes"));
+    }
+  }
+}
+
+// The lowest rank that this rank shares memory with, having met all lower
+// ranks of its node.
+int64_t findLabel(
+    Engine& engine,
+    const std::vector<Introduction>& all,
+    int rank,
+    Clock::time_point deadline) {
+  const Introduction& self = all[static_cast<size_t>(rank)];
+  int64_t label = rank;
+  for (int other = rank - 1; other >= 0; --other) {
+    const Introduction& it = all[static_cast<size_t>(other)];
+    if (it.node != self.node) {
+      continue;  // pinned to another node
+    }
+    const bool met = engine.meet(it.process, it.memoryAddress, deadline);
+    if (met) {
+      label = other;
+    } else if (!self.node.empty()) {
+      throw InvalidArgument(concat(
+          "AUTOMOE_NODE is '",
+          self.node,
+          "' on rank ",
+          rank,
+          " (",
+          self.host,
+          ") and on rank ",
+          other,
+          " (",
+          it.host,
+          "), but they cannot map each other's memory; pin only ranks of one "
+          "host and one network namespace to a node, or leave it unset"));
+    }
+  }
+  return label;
+}
+
+Placement place(
+    Engine& engine,
+    const std::vector<Introduction>& all,
+    int rank,
+    Clock::time_point deadline) {
+  Placement placement;
+  try {
+    checkVersions(all);
+    placement.label = findLabel(engine, all, rank, deadline);
+  } catch (const std::exception& error) {
+    placement.error = error.what();
+  }
+  return placement;
+}
+
+std::vector<int64_t> agreeOnLabels(
+    const std::vector<std::string>& placements, const std::string& name) {
+  std::vector<int64_t> labels;
+  for (size_t rank = 0; rank < placements.size(); ++rank) {
+    const Placement it = Placement::decode(placements[rank]);
+    if (!it.error.empty()) {
+      throw InvalidArgument(
+          concat("rank ", rank, " cannot join group ", name, ": ", it.error));
+    }
+    labels.push_back(it.label);
+  }
+  return labels;
+}
+
+Introduction introduce(const Engine& engine) {
+  Introduction self;
+  self.process = engine.process();
+  AUTOMOE_CHECK(
+      ::getrandom(&self.nonce, sizeof(self.nonce), 0) == sizeof(self.nonce),
+      "getrandom failed");
+  self.pid = ::getpid();
+  self.host = hostName();
+  self.memoryAddress = engine.memoryAddress();
+  self.node = engine.config().node;
+  return self;
+}
+
+}  // namespace
+
+std::shared_ptr<Group> joinGroup(
+    Engine& engine,
+    KeyValueStore& store,
+    int rank,
+    int size,
+    const std::string& name,
+    std::chrono::milliseconds timeout) {
+  engine.checkUsable();
+  const Introduction self = introduce(engine);
+  if (size == 1) {
+    return engine.addGroup(Membership{
+        .id = groupId(name, self.nonce),
+        .name = name,
+        .topology = Topology::fromNodeLabels({0}, 0),
+        .peers = {nullptr}});
+  }
+  const auto deadline = Clock::now() + timeout;
+  Round round(store, rank, size);
+  std::vector<Introduction> all;
+  for (const auto& it : round.exchange("introduction", self.encode())) {
+    all.push_back(Introduction::decode(it));
+  }
+  const Placement own = place(engine, all, rank, deadline);
+  Topology topology = Topology::fromNodeLabels(
+      agreeOnLabels(round.exchange("placement", own.encode()), name), rank);
+  std::vector<std::string> addresses(static_cast<size_t>(size));
+  if (topology.numNodes() > 1) {
+    addresses = round.exchange("network", engine.networkAddress());
+  }
+  std::vector<Peer*> peers(static_cast<size_t>(size), nullptr);
+  for (int other = 0; other < size; ++other) {
+    const auto index = static_cast<size_t>(other);
+    const Introduction& it = all[index];
+    if (other == rank) {
+      continue;
+    }
+    if (topology.nodeOf(other) == topology.node() &&
+        !engine.awaitMate(it.process, deadline)) {
+      throw TransportError(
+          concat("rank ", other, " (", it.host, ") did not meet rank ", rank));
+    }
+    peers[index] =
+        engine.addPeer(it.process, it.host, it.pid, addresses[index]);
+  }
+  log(LogLevel::kInfo, concat("group ", name, ": ", topology.describe()));
+  return engine.addGroup(Membership{
+      .id = groupId(name, all[0].nonce),
+      .name = name,
+      .topology = std::move(topology),
+      .peers = std::move(peers)});
+}
+
+}  // namespace automoe

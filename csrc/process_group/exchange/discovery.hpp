@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the ranks of a new group find out who shares a node with whom.
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <string>
+
+#include "process_group/common/store.hpp"
+#include "process_group/exchange/engine.hpp"
+
+namespace automoe {
+
+/// Collective: every rank of the group calls it with the same store and name.
+///
+/// Two or three rounds over the store. In the first, ranks say where they can
+/// be reached; each then tries to map the memory of every lower rank, which
+/// succeeds on its own node only. In the second, each says the lowest rank
+/// that it shares memory with: its node's label. If there are several nodes,
+/// the third brings network addresses; connections are made later, by the
+/// first message. A group of one rank touches no store.
+///
+/// Throws what the store throws at its timeout, and InvalidArgument when ranks
+/// disagree (protocol versions, AUTOMOE_NODE pins that cannot be); the same
+/// error on every rank.
+std::shared_ptr<Group> joinGroup(
+    Engine& engine,
+    KeyValueStore& store,
+    int rank,
+    int size,
+    const std::string& name,
+    std::chrono::milliseconds timeout);
+
+}  // namespace automoe

@@ -1,0 +1,463 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "process_group/exchange/group.hpp"
+
+#include <cstring>
+#include <utility>
+
+#include "process_group/common/error.hpp"
+#include "process_group/common/log.hpp"
+#include "process_group/exchange/engine.hpp"
+
+namespace automoe {
+namespace {
+
+// Above this, a node-mate copies its part of a packet from node memory
+// instead of getting it through its mailbox.
+constexpr uint64_t kInlinePart = 2 * 1024;
+
+}  // namespace
+
+Group::Group(Engine& engine, Membership membership)
+    : engine_(engine),
+      membership_(std::move(membership)),
+      left_(static_cast<size_t>(topology().size())),
+      leftAt_(static_cast<size_t>(topology().size())) {}
+
+Record Group::makeRecord(
+    RecordKind kind, uint64_t sequence, int destination) const {
+  Record record;
+  record.kind = kind;
+  record.group = membership_.id;
+  record.sequence = sequence;
+  record.source = topology().rank();
+  record.destination = destination;
+  record.failures = engine_.memory().segment().header().failures.load();
+  return record;
+}
+
+// ---- the caller's side ----
+
+std::shared_ptr<Operation> Group::allToAll(
+    AllToAllArguments arguments,
+    std::chrono::milliseconds timeout,
+    OperationCallbacks callbacks) {
+  const auto size = static_cast<size_t>(topology().size());
+  const auto self = static_cast<size_t>(topology().rank());
+  if (arguments.sends.size() != size || arguments.receives.size() != size) {
+    throw InvalidArgument(concat(
+        "all_to_all: ",
+        arguments.sends.size(),
+        " input and ",
+        arguments.receives.size(),
+        " output blocks, expected one for each of ",
+        size,
+        " ranks"));
+  }
+  const auto& mine = arguments.sends[self];
+  const auto& own = arguments.receives[self];
+  if (mine.bytes != own.bytes) {
+    throw InvalidArgument(concat(
+        "all_to_all: rank ",
+        self,
+        " sends ",
+        mine.bytes,
+        " bytes to itself, but expects ",
+        own.bytes));
+  }
+  if (own.bytes > 0) {
+    std::memmove(own.data, mine.data, own.bytes);
+  }
+  const std::lock_guard lock(engine_.mutex());
+  engine_.checkUsable();
+  if (leaving_) {
+    throw InvalidArgument(
+        concat("group ", name(), " has been destroyed on this rank"));
+  }
+  if (failed()) {
+    std::rethrow_exception(makeError(""));
+  }
+  const uint64_t sequence = nextSequence_++;
+  const auto posted = operation(sequence);
+  posted->setCallbacks(std::move(callbacks));
+  counters_.operations += 1;
+  for (size_t rank = 0; rank < size; ++rank) {
+    if (left_[rank] && sequence >= leftAt_[rank]) {
+      fail(
+          FailureKind::kPeer,
+          concat("rank ", rank, " has left group ", name()));
+      return posted;
+    }
+  }
+  posted->post(std::move(arguments), Operation::Clock::now() + timeout);
+  engine_.kick();
+  return posted;
+}
+
+void Group::leave(std::chrono::milliseconds timeout) {
+  const auto until = Operation::Clock::now() + timeout;
+  std::vector<std::shared_ptr<AllToAll>> pending;
+  {
+    const std::lock_guard lock(engine_.mutex());
+    for (const auto& [sequence, it] : operations_) {
+      if (it->posted()) {
+        pending.push_back(it);
+      }
+    }
+  }
+  for (const auto& it : pending) {
+    engine_.wait(*it, until);
+  }
+  const std::lock_guard lock(engine_.mutex());
+  if (leaving_) {
+    return;
+  }
+  for (const auto& it : pending) {
+    if (!it->finished()) {
+      fail(
+          FailureKind::kAborted,
+          concat(
+              "rank ",
+              topology().rank(),
+              " destroyed group ",
+              name(),
+              " while all_to_all number ",
+              it->sequence(),
+              " waited for ",
+              it->waitsFor()));
+      break;
+    }
+  }
+  leaving_ = true;
+  if (!failed()) {
+    const Record record = makeRecord(RecordKind::kLeaving, nextSequence_, 0);
+    tellMates(record, {});
+    tellNodes(record, {});
+  }
+  engine_.kick();
+}
+
+void Group::abort(const std::string& reason) {
+  const std::lock_guard lock(engine_.mutex());
+  if (!leaving_) {
+    fail(
+        FailureKind::kAborted,
+        concat(
+            "rank ",
+            topology().rank(),
+            " aborted group ",
+            name(),
+            ": ",
+            reason));
+  }
+}
+
+std::exception_ptr Group::failure() {
+  const std::lock_guard lock(engine_.mutex());
+  return failed() ? makeError("") : nullptr;
+}
+
+GroupCounters Group::counters() {
+  const std::lock_guard lock(engine_.mutex());
+  return counters_;
+}
+
+// ---- what arrives ----
+
+std::shared_ptr<AllToAll> Group::operation(uint64_t sequence) {
+  std::shared_ptr<AllToAll>& it = operations_[sequence];
+  if (it == nullptr) {
+    it = std::make_shared<AllToAll>(*this, sequence);
+  }
+  return it;
+}
+
+void Group::operationEnded(uint64_t sequence) {
+  operations_.erase(sequence);
+}
+
+void Group::handle(
+    const Record& record,
+    std::span<const std::byte> payload,
+    const Mate* fromMate) {
+  const auto inGroup = [&](int rank) {
+    return rank >= 0 && rank < topology().size();
+  };
+  if (!inGroup(record.source) || record.source == topology().rank() ||
+      !inGroup(record.owner)) {
+    throw TransportError(
+        concat("a record of rank ", record.source, " came to group ", name()));
+  }
+  const bool byNetwork = fromMate == nullptr;
+  if (record.kind == RecordKind::kLeaving) {
+    handleLeaving(record, byNetwork);
+    return;
+  }
+  if (record.kind == RecordKind::kFailed) {
+    handleFailed(record, payload, byNetwork);
+    return;
+  }
+  if (failed()) {
+    return;
+  }
+  if (record.kind == RecordKind::kPosted && byNetwork) {
+    handlePacket(record, payload);
+    return;
+  }
+  if (record.sequence < nextSequence_ &&
+      operations_.find(record.sequence) == operations_.end()) {
+    throw TransportError(concat(
+        "a record for all_to_all number ", record.sequence, " that is over"));
+  }
+  const auto it = operation(record.sequence);
+  switch (record.kind) {
+    case RecordKind::kPosted:
+      it->sourcePosted(record, payload);
+      break;
+    case RecordKind::kPayload:
+      it->chunkArrived(record, payload);
+      break;
+    case RecordKind::kStaged:
+      it->chunkStaged(record);
+      break;
+    case RecordKind::kReadDone:
+      it->blockRead(record);
+      break;
+    default:
+      throw TransportError("a record of a kind that is not known");
+  }
+}
+
+void Group::handlePacket(
+    const Record& record, std::span<const std::byte> payload) {
+  const Packet packet = decodePacket(payload, topology().localSize());
+  counters_.relayedPackets += packet.hasBlocks() ? 1 : 0;
+  relay(record, packet);
+  const auto local = static_cast<size_t>(topology().localRank());
+  Record own = record;
+  own.destination = topology().rank();
+  own.sendBytes = packet.sizes[local].sendBytes;
+  own.receiveBytes = packet.sizes[local].receiveBytes;
+  own.carrier = own.sendBytes == 0   ? Carrier::kNone
+                : packet.hasBlocks() ? Carrier::kInline
+                                     : Carrier::kLater;
+  std::span<const std::byte> block;
+  if (packet.hasBlocks()) {
+    block = packet.blocks[local];
+  }
+  operation(record.sequence)->sourcePosted(own, block);
+}
+
+void Group::relay(const Record& record, const Packet& packet) {
+  const auto ranks = topology().ranksOf(topology().node());
+  // The large parts go into one extent that the mates read in place.
+  size_t extentBytes = 0;
+  uint32_t readers = 0;
+  for (size_t i = 0; packet.hasBlocks() && i < ranks.size(); ++i) {
+    if (ranks[i] != topology().rank() &&
+        packet.blocks[i].size() > kInlinePart) {
+      extentBytes += packet.blocks[i].size();
+      readers += 1;
+    }
+  }
+  std::optional<NodeMemory::Extent> extent;
+  if (readers > 0) {
+    extent = engine_.memory().allocate(extentBytes, readers);
+    AUTOMOE_CHECK(extent.has_value(), "node memory is full");
+  }
+  size_t position = 0;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    if (ranks[i] == topology().rank()) {
+      continue;
+    }
+    Record part = record;
+    part.destination = ranks[i];
+    part.sendBytes = packet.sizes[i].sendBytes;
+    part.receiveBytes = packet.sizes[i].receiveBytes;
+    std::span<const std::byte> payload;
+    if (part.sendBytes == 0) {
+      part.carrier = Carrier::kNone;
+    } else if (!packet.hasBlocks()) {
+      part.carrier = Carrier::kLater;
+    } else if (part.sendBytes <= kInlinePart) {
+      part.carrier = Carrier::kInline;
+      payload = packet.blocks[i];
+    } else {
+      part.carrier = Carrier::kExtent;
+      part.owner = topology().rank();
+      part.place = extent->offset;
+      part.offset = position;
+      std::memcpy(
+          extent->data + position,
+          packet.blocks[i].data(),
+          packet.blocks[i].size());
+      position += packet.blocks[i].size();
+    }
+    part.bytes = payload.size();
+    peer(ranks[i]).mate->post(asBytes(part), payload);
+  }
+}
+
+// ---- the end of a group ----
+
+void Group::fail(FailureKind kind, const std::string& text, bool tellOthers) {
+  if (failed()) {
+    return;
+  }
+  failureKind_ = kind;
+  failureText_ = text;
+  failure_ = makeError("");
+  log(LogLevel::kInfo, concat("group ", name(), " failed: ", text));
+  // Mates that are reading our tensors must not believe what they read.
+  engine_.memory().segment().header().failures.fetch_add(1);
+  const auto operations = std::exchange(operations_, {});
+  for (const auto& [sequence, it] : operations) {
+    it->abandon();
+    if (it->posted()) {
+      it->finish(makeError(concat(
+          "all_to_all number ", sequence, " waited for ", it->waitsFor())));
+    } else {
+      it->finish(failure_);
+    }
+  }
+  if (tellOthers && !leaving_) {
+    Record record = makeRecord(RecordKind::kFailed, 0, 0);
+    record.dtype = static_cast<uint8_t>(kind);
+    const auto payload = std::as_bytes(std::span(text));
+    record.bytes = payload.size();
+    tellMates(record, payload);
+    tellNodes(record, payload);
+  }
+}
+
+std::exception_ptr Group::makeError(const std::string& waitedFor) const {
+  std::string text = failureText_;
+  if (!waitedFor.empty()) {
+    text += concat(" [rank ", topology().rank(), ": ", waitedFor, "]");
+  }
+  text += "; the group cannot be used any more, destroy it";
+  switch (failureKind_) {
+    case FailureKind::kMismatch:
+      return std::make_exception_ptr(InvalidArgument(text));
+    case FailureKind::kPeer:
+      return std::make_exception_ptr(PeerFailedError(text));
+    case FailureKind::kTimeout:
+      return std::make_exception_ptr(TimeoutError(text));
+    default:
+      return std::make_exception_ptr(TransportError(text));
+  }
+}
+
+void Group::handleFailed(
+    const Record& record, std::span<const std::byte> payload, bool byNetwork) {
+  const std::string text(
+      reinterpret_cast<const char*>(payload.data()), payload.size());
+  if (byNetwork && !failed()) {
+    tellMates(record, payload);
+  }
+  fail(static_cast<FailureKind>(record.dtype), text, false);
+}
+
+void Group::handleLeaving(const Record& record, bool byNetwork) {
+  if (byNetwork) {
+    tellMates(record, {});
+  }
+  const auto rank = static_cast<size_t>(record.source);
+  left_[rank] = true;
+  leftAt_[rank] = record.sequence;
+  for (const auto& [sequence, it] : operations_) {
+    if (it->posted() && sequence >= record.sequence &&
+        !it->hasPosted(record.source)) {
+      fail(
+          FailureKind::kPeer,
+          concat("rank ", record.source, " has left group ", name()));
+      return;
+    }
+  }
+}
+
+void Group::tellMates(
+    const Record& record, std::span<const std::byte> payload) {
+  for (int rank : topology().ranksOf(topology().node())) {
+    if (rank != topology().rank() && rank != record.source) {
+      peer(rank).mate->post(asBytes(record), payload);
+    }
+  }
+}
+
+void Group::tellNodes(
+    const Record& record, std::span<const std::byte> payload) {
+  for (int node = 0; node < topology().numNodes(); ++node) {
+    if (node != topology().node()) {
+      engine_.network().send(
+          peer(topology().railPeer(node)).process,
+          asBytes(record),
+          {},
+          [](bool) {},
+          std::string(
+              reinterpret_cast<const char*>(payload.data()), payload.size()));
+    }
+  }
+}
+
+void Group::peerGone(const Peer& gone, const std::string& cause) {
+  for (int rank = 0; rank < topology().size(); ++rank) {
+    const auto index = static_cast<size_t>(rank);
+    if (membership_.peers[index] != &gone || left_[index]) {
+      continue;
+    }
+    if (leaving_) {
+      left_[index] = true;
+      return;
+    }
+    fail(
+        FailureKind::kPeer,
+        concat(
+            "rank ",
+            rank,
+            " of group ",
+            name(),
+            " (",
+            gone.host,
+            " pid ",
+            gone.pid,
+            ") is gone: ",
+            cause));
+  }
+}
+
+void Group::checkDeadlines(Operation::Clock::time_point now) {
+  for (const auto& [sequence, it] : operations_) {
+    if (it->posted() && it->deadline() < now) {
+      fail(
+          FailureKind::kTimeout,
+          concat(
+              "rank ",
+              topology().rank(),
+              " timed out in all_to_all number ",
+              sequence,
+              " of group ",
+              name(),
+              ", waiting for ",
+              it->waitsFor()));
+      return;
+    }
+  }
+}
+
+bool Group::over() const {
+  if (!leaving_) {
+    return false;
+  }
+  if (failed() || topology().numNodes() == 1) {
+    return true;
+  }
+  // Packets for mates come to this rank until they have left too.
+  for (int rank : topology().ranksOf(topology().node())) {
+    if (rank != topology().rank() && !left_[static_cast<size_t>(rank)]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace automoe

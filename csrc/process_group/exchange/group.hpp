@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ranks of one process group, their operations and their failure.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "process_group/common/config.hpp"
+#include "process_group/exchange/all_to_all.hpp"
+#include "process_group/exchange/posting_rule.hpp"
+#include "process_group/exchange/record.hpp"
+#include "process_group/topology/topology.hpp"
+
+namespace automoe {
+
+class Engine;
+class Mate;
+
+/// Another process, shared by all groups that it is in.
+struct Peer {
+  Peer(uint64_t process, std::string host, int64_t pid, const Config& config)
+      : process(process),
+        host(std::move(host)),
+        pid(pid),
+        budget(config.eagerBytes, config.unmatchedBytes) {}
+
+  const uint64_t process;
+  const std::string host;
+  const int64_t pid;
+  Mate* mate = nullptr;  // when it is on this node
+  UnmatchedBudget budget;
+  std::string failure;  // why it is gone, empty while it is not
+};
+
+/// What the ranks of a new group have found out about each other.
+struct Membership {
+  uint64_t id = 0;
+  std::string name;
+  Topology topology;
+  std::vector<Peer*> peers;  // by group rank; null for the own rank
+};
+
+struct GroupCounters {
+  uint64_t operations = 0;
+  uint64_t packets = 0;         // messages to a node that carried its blocks
+  uint64_t directBlocks = 0;    // blocks sent to a rank of another node
+  uint64_t inlineBlocks = 0;    // blocks to mates through their mailbox
+  uint64_t readBlocks = 0;      // blocks that mates read from our tensor
+  uint64_t stagedBlocks = 0;    // blocks staged through node memory
+  uint64_t relayedPackets = 0;  // packets received for this node
+  uint64_t networkPayloadBytes = 0;  // bytes of blocks sent to other nodes
+};
+
+/// How a group ended, with the kind that the error has on every rank.
+enum class FailureKind : uint8_t {
+  kMismatch = 1,  // arguments of two ranks do not agree
+  kPeer = 2,      // a rank died or left
+  kTimeout = 3,
+  kAborted = 4,
+  kTransport = 5,
+};
+
+/// Public methods take the engine's lock unless said otherwise.
+class Group {
+ public:
+  Group(Engine& engine, Membership membership);
+
+  const Topology& topology() const { return membership_.topology; }
+  const std::string& name() const { return membership_.name; }
+  uint64_t id() const { return membership_.id; }
+
+  /// Posts an all_to_all and returns at once. Throws the failure of the group
+  /// if it has one, InvalidArgument for blocks that do not fit the group.
+  std::shared_ptr<Operation> allToAll(
+      AllToAllArguments arguments,
+      std::chrono::milliseconds timeout,
+      OperationCallbacks callbacks);
+  /// Waits for the posted operations up to `timeout` (then they fail), says
+  /// goodbye, and leaves. The engine goes on relaying for node-mates until
+  /// they have left too. Idempotent.
+  void leave(std::chrono::milliseconds timeout);
+  /// Fails every operation now, here and at the other ranks.
+  void abort(const std::string& reason);
+  /// Null while the group works.
+  std::exception_ptr failure();
+  GroupCounters counters();
+
+  // For the exchange, with the engine's lock held.
+
+  Engine& engine() { return engine_; }
+  Peer& peer(int rank) { return *membership_.peers[static_cast<size_t>(rank)]; }
+  GroupCounters& mutableCounters() { return counters_; }
+  Record makeRecord(RecordKind kind, uint64_t sequence, int destination) const;
+  /// A message for this group. `fromMate` is null when it came by network.
+  void handle(
+      const Record& record,
+      std::span<const std::byte> payload,
+      const Mate* fromMate);
+  void fail(FailureKind kind, const std::string& text, bool tellOthers = true);
+  void peerGone(const Peer& peer, const std::string& cause);
+  void checkDeadlines(Operation::Clock::time_point now);
+  void operationEnded(uint64_t sequence);
+  bool busy() const { return !operations_.empty(); }
+  /// True once nobody needs this rank in the group any more.
+  bool over() const;
+  bool failed() const { return failure_ != nullptr; }
+
+ private:
+  std::shared_ptr<AllToAll> operation(uint64_t sequence);
+  void handlePacket(const Record& record, std::span<const std::byte> payload);
+  void relay(const Record& record, const Packet& packet);
+  void handleFailed(
+      const Record& record, std::span<const std::byte> payload, bool byNetwork);
+  void handleLeaving(const Record& record, bool byNetwork);
+  void tellMates(const Record& record, std::span<const std::byte> payload);
+  void tellNodes(const Record& record, std::span<const std::byte> payload);
+  std::exception_ptr makeError(const std::string& waitedFor) const;
+
+  Engine& engine_;
+  const Membership membership_;
+  uint64_t nextSequence_ = 0;
+  std::map<uint64_t, std::shared_ptr<AllToAll>> operations_;
+  std::vector<bool> left_;
+  std::vector<uint64_t> leftAt_;  // first operation it will not post
+  bool leaving_ = false;
+  std::exception_ptr failure_;
+  FailureKind failureKind_ = FailureKind::kTransport;
+  std::string failureText_;
+  GroupCounters counters_;
+};
+
+}  // namespace automoe

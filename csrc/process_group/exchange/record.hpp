@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// The fixed-layout header of everything that travels between two ranks.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace automoe {
+
+enum class RecordKind : uint8_t {
+  kPosted = 1,    // "I have posted this operation, with these sizes"
+  kPayload = 2,   // a chunk of a direct payload
+  kStaged = 3,    // a chunk that lies in an extent of the source
+  kReadDone = 4,  // "I have read your tensor; it is yours again"
+  kFailed = 5,    // the group is over; the payload says why
+  kLeaving = 6,   // "I use this group no more"
+};
+
+/// How the payload of a kPosted record travels.
+enum class Carrier : uint8_t {
+  kNone = 0,         // there is none
+  kInline = 1,       // with the record
+  kExtent = 2,       // in an extent of the owner's node memory
+  kCrossMemory = 3,  // the destination reads the source's tensor
+  kLater = 4,        // in kPayload or kStaged records, once matched
+};
+
+/// 88 bytes, little-endian. `group` is also the token against stray traffic
+/// and old jobs: a hash of the group's name and a nonce of this incarnation.
+struct Record {
+  static constexpr uint32_t kMagic = 0x656f6d61;  // "amoe"
+  static constexpr uint8_t kVersion = 1;
+
+  uint32_t magic = kMagic;
+  uint8_t version = kVersion;
+  RecordKind kind = RecordKind::kPosted;
+  Carrier carrier = Carrier::kNone;
+  uint8_t dtype = 0;
+  uint64_t group = 0;
+  uint64_t sequence = 0;
+  int32_t source = 0;       // group rank
+  int32_t destination = 0;  // group rank
+  int32_t owner = 0;        // of the extent
+  uint32_t elementBytes = 1;
+  uint64_t sendBytes = 0;     // from source to destination, in all
+  uint64_t receiveBytes = 0;  // what the source expects from the destination
+  uint64_t offset = 0;        // of this chunk in its block, or in the extent
+  uint64_t bytes = 0;         // of this chunk
+  uint64_t place = 0;         // offset of the extent, or address to read
+  uint64_t failures = 0;      // SegmentHeader::failures of the source
+};
+static_assert(sizeof(Record) == 88);
+
+inline std::span<const std::byte> asBytes(const Record& record) {
+  return std::as_bytes(std::span(&record, 1));
+}
+
+/// The record at the start of a message. Throws TransportError when it is
+/// short or foreign.
+Record parseRecord(std::span<const std::byte> message);
+
+/// What one rank sends to all ranks of one other node, in one message to its
+/// rail peer there: sizes for each local rank, and the blocks if they ride.
+struct Packet {
+  struct Sizes {
+    uint64_t sendBytes;     // from the source to this rank
+    uint64_t receiveBytes;  // what the source expects from it
+  };
+  std::vector<Sizes> sizes;                        // by local rank
+  std::vector<std::span<const std::byte>> blocks;  // by local rank, or empty
+
+  bool hasBlocks() const { return !blocks.empty(); }
+};
+
+/// The bytes of a packet: count, sizes, then the blocks.
+std::string encodePacket(const Packet& packet);
+/// A view on received bytes. Throws TransportError when they do not hold
+/// exactly `numRanks` sizes and either no blocks or all of them.
+Packet decodePacket(std::span<const std::byte> bytes, int numRanks);
+
+}  // namespace automoe

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "process_group/exchange/transfers.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "process_group/common/error.hpp"
+
+namespace automoe {
+namespace {
+
+// Blocks that are sent side by side, and chunks of each under way. Two
+// blocks keep the link busy while one destination is not scheduled; more
+// would meet the traffic of other sources at the same receivers.
+constexpr int kActiveBlocks = 2;
+constexpr int kChunksPerBlock = 4;
+// Bytes copied between two looks at the network.
+constexpr uint64_t kCopyPortion = 256 * 1024;
+constexpr size_t kSlots = 2;
+
+}  // namespace
+
+void Transfers::add(DirectSend job) {
+  auto direct = std::make_shared<Direct>();
+  static_cast<DirectSend&>(*direct) = std::move(job);
+  const auto place =
+      std::find_if(directs_.begin(), directs_.end(), [&](const auto& other) {
+        return direct->order < other->order;
+      });
+  directs_.insert(place, std::move(direct));
+}
+
+void Transfers::add(MateRead job) {
+  reads_.push_back(std::move(job));
+}
+
+void Transfers::add(StagedSend job) {
+  Staged staged;
+  static_cast<StagedSend&>(staged) = std::move(job);
+  staged_.push_back(std::move(staged));
+}
+
+bool Transfers::advance() {
+  const bool sent = advanceDirects();
+  const bool staged = advanceStaged();
+  const bool read = advanceReads();
+  return sent || staged || read;
+}
+
+bool Transfers::advanceDirects() {
+  bool worked = false;
+  int active = 0;
+  for (auto it = directs_.begin(); it != directs_.end();) {
+    // A copy keeps the job while the network may call back.
+    const std::shared_ptr<Direct> job = *it;
+    if (job->operation->finished()) {
+      it = directs_.erase(it);
+      continue;
+    }
+    while (job->sent < job->bytes && job->underWay < kChunksPerBlock) {
+      sendChunk(job);
+      worked = true;
+    }
+    it = job->sent == job->bytes ? directs_.erase(it) : std::next(it);
+    active += 1;
+    if (active == kActiveBlocks) {
+      break;
+    }
+  }
+  return worked;
+}
+
+void Transfers::sendChunk(const std::shared_ptr<Direct>& job) {
+  Record record = job->record;
+  record.offset = job->sent;
+  record.bytes = std::min<uint64_t>(chunkBytes_, job->bytes - job->sent);
+  const std::byte* data = job->data + job->sent;
+  job->sent += record.bytes;
+  job->underWay += 1;
+  job->operation->pin();
+  network_->send(
+      job->process, asBytes(record), {data, record.bytes}, [job](bool ok) {
+        job->underWay -= 1;
+        const auto operation = job->operation;
+        if (ok && job->underWay == 0 && job->sent == job->bytes &&
+            !operation->finished()) {
+          job->done();
+        }
+        operation->unpin();
+      });
+}
+
+bool Transfers::advanceReads() {
+  while (!reads_.empty() && reads_.front().operation->finished()) {
+    reads_.pop_front();
+  }
+  if (reads_.empty()) {
+    return false;
+  }
+  MateRead& job = reads_.front();
+  const uint64_t portion = std::min(job.bytes, kCopyPortion);
+  try {
+    job.mate->read(job.address, job.to, portion);
+  } catch (const TransportError& error) {
+    const MateRead ended = std::move(job);
+    reads_.pop_front();
+    ended.failed(error.what());
+    return true;
+  }
+  job.address += portion;
+  job.to += portion;
+  job.bytes -= portion;
+  if (job.bytes == 0) {
+    const MateRead ended = std::move(job);
+    reads_.pop_front();
+    // After a failure at the mate its tensor may be gone, and what was read
+    // be anything. The mate's notice ends this operation.
+    if (ended.mate->segment().header().failures.load() == ended.failures) {
+      ended.done();
+    }
+  }
+  return true;
+}
+
+bool Transfers::advanceStaged() {
+  bool worked = false;
+  for (auto it = staged_.begin(); it != staged_.end();) {
+    if (!it->operation->finished()) {
+      worked = fillSlots(*it) || worked;
+    }
+    if (it->operation->finished() || it->staged == it->bytes) {
+      for (const NodeMemory::Extent& slot : it->slots) {
+        NodeMemory::doneReading(memory_.segment(), slot.offset);
+      }
+      const Staged ended = std::move(*it);
+      it = staged_.erase(it);
+      if (!ended.operation->finished()) {
+        ended.done();
+      }
+    } else {
+      ++it;
+    }
+  }
+  return worked;
+}
+
+bool Transfers::fillSlots(Staged& job) {
+  if (job.slots.empty()) {
+    const size_t slotBytes = std::min(job.bytes, kCopyPortion);
+    for (size_t i = 0; i < kSlots; ++i) {
+      // One reader is this job itself, so that the slot stays.
+      const auto slot = memory_.allocate(slotBytes, 1);
+      AUTOMOE_CHECK(slot.has_value(), "node memory is full");
+      job.slots.push_back(*slot);
+    }
+  }
+  bool worked = false;
+  for (const NodeMemory::Extent& slot : job.slots) {
+    if (job.staged == job.bytes ||
+        NodeMemory::readers(memory_.segment(), slot.offset) != 1) {
+      continue;
+    }
+    Record record = job.record;
+    record.offset = job.staged;
+    record.bytes = std::min(kCopyPortion, job.bytes - job.staged);
+    record.place = slot.offset;
+    std::memcpy(slot.data, job.data + job.staged, record.bytes);
+    job.staged += record.bytes;
+    NodeMemory::addReader(memory_.segment(), slot.offset);
+    job.mate->post(asBytes(record));
+    worked = true;
+  }
+  return worked;
+}
+
+}  // namespace automoe

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bulk that is on its way, in portions, so that nothing else waits long.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <list>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "process_group/exchange/operation.hpp"
+#include "process_group/exchange/record.hpp"
+#include "process_group/memory/node_memory.hpp"
+#include "process_group/network/network.hpp"
+
+namespace automoe {
+
+/// A block for one rank of another node; it leaves in eager chunks.
+struct DirectSend {
+  std::shared_ptr<Operation> operation;
+  uint64_t process = 0;
+  Record record;  // of kind kPayload; offset and bytes are filled in
+  const std::byte* data = nullptr;
+  uint64_t bytes = 0;
+  /// Older operations first, then the rotated order of the nodes.
+  std::pair<uint64_t, int> order;
+  std::function<void()> done;  // every byte has left
+};
+
+/// A block that lies in the tensor of a node-mate.
+struct MateRead {
+  std::shared_ptr<Operation> operation;
+  Mate* mate = nullptr;
+  uint64_t address = 0;
+  std::byte* to = nullptr;
+  uint64_t bytes = 0;
+  uint64_t failures = 0;  // of the mate when it posted
+  std::function<void()> done;
+  std::function<void(const std::string&)> failed;
+};
+
+/// A block for a node-mate that may not read our tensors.
+struct StagedSend {
+  std::shared_ptr<Operation> operation;
+  Mate* mate = nullptr;
+  Record record;  // of kind kStaged
+  const std::byte* data = nullptr;
+  uint64_t bytes = 0;
+  std::function<void()> done;  // every byte has been copied
+};
+
+/// Guarded by the engine's lock. All jobs of a finished operation are dropped.
+class Transfers {
+ public:
+  Transfers(NodeMemory& memory, size_t eagerBytes)
+      : memory_(memory), chunkBytes_(eagerBytes) {}
+
+  void setNetwork(Network* network) { network_ = network; }
+  void add(DirectSend job);
+  void add(MateRead job);
+  void add(StagedSend job);
+
+  /// Moves a portion of each kind; true when anything moved.
+  bool advance();
+  /// True when advance() would find something to copy.
+  bool copiesPending() const { return !reads_.empty(); }
+
+ private:
+  struct Direct : DirectSend {
+    uint64_t sent = 0;  // bytes handed to the network
+    int underWay = 0;   // chunks
+  };
+  struct Staged : StagedSend {
+    uint64_t staged = 0;
+    std::vector<NodeMemory::Extent> slots;
+  };
+
+  bool advanceDirects();
+  bool advanceReads();
+  bool advanceStaged();
+  void sendChunk(const std::shared_ptr<Direct>& job);
+  bool fillSlots(Staged& job);
+
+  NodeMemory& memory_;
+  Network* network_ = nullptr;
+  const size_t chunkBytes_;
+  std::list<std::shared_ptr<Direct>> directs_;  // by order
+  std::list<MateRead> reads_;
+  std::list<Staged> staged_;
+};
+
+}  // namespace automoe
