@@ -5,6 +5,7 @@
 #include <sys/random.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -26,7 +27,6 @@ constexpr auto kHousekeeping = milliseconds(10);
 constexpr auto kGoodbyeGrace = milliseconds(200);
 // What has been sent leaves within this time, or its receiver is gone.
 constexpr auto kFlush = milliseconds(500);
-constexpr size_t kEarlyBytes = size_t{256} << 20;
 constexpr int kMessagesPerMailbox = 64;
 
 uint64_t randomId() {
@@ -43,10 +43,13 @@ Engine::Engine(Config config)
       process_(randomId()),
       memory_(process_, config_),
       transfers_(memory_, config_.eagerBytes),
-      epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
+      epoll_(::epoll_create1(EPOLL_CLOEXEC)),
+      peers_(config_) {
   AUTOMOE_CHECK(epoll_.valid(), "epoll_create1: ", strerror(errno));
   setLogLevel(config_.logLevel);
-  watchNew();
+  for (int fd : memory_.descriptors()) {
+    watch(fd);
+  }
   thread_ = std::thread([this] { threadMain(); });
 }
 
@@ -160,12 +163,26 @@ void Engine::kick() {
 }
 
 bool Engine::progress() {
+  try {
+    return moveEverything();
+  } catch (const std::exception& error) {
+    // Not of one message or one peer: those have been handled. What is left
+    // (the network, the system) concerns every group.
+    log(LogLevel::kWarn, error.what());
+    groups_.forEach([&](Group& group) {
+      group.fail(FailureKind::kTransport, error.what());
+    });
+    return true;
+  }
+}
+
+bool Engine::moveEverything() {
   bool worked = drainMailboxes();
   if (network_ != nullptr) {
     worked = network_->progress() || worked;
   }
   worked = transfers_.advance() || worked;
-  for (const auto& mate : mates_) {
+  for (const auto& mate : peers_.mates()) {
     worked = (!mate->flushed() && mate->flush()) || worked;
   }
   housekeeping();
@@ -174,45 +191,46 @@ bool Engine::progress() {
 
 void Engine::sleep(Lock& lock, Clock::time_point until) {
   memory_.prepareToSleep();
-  const bool ready =
-      std::all_of(mates_.begin(), mates_.end(), [](const auto& mate) {
-        return mate->inbox().empty();
-      });
-  if (!ready || (network_ != nullptr && !network_->arm())) {
+  const auto& mates = peers_.mates();
+  const bool mail = std::any_of(mates.begin(), mates.end(), [](const auto& it) {
+    return !it->inbox().empty();
+  });
+  if (mail || (network_ != nullptr && !network_->arm())) {
     memory_.wokeUp();
     return;
   }
-  milliseconds timeout = milliseconds(-1);
-  const bool busy =
-      std::any_of(groups_.begin(), groups_.end(), [](const auto& it) {
-        return it.second->busy();
-      });
-  if (!suspects_.empty()) {
-    timeout = milliseconds(50);
-  } else if (busy) {
-    timeout = milliseconds(500);
-  }
-  if (until != Clock::time_point::max()) {
-    const auto left = std::chrono::ceil<milliseconds>(until - Clock::now());
-    const auto bounded = std::max(left, milliseconds(0));
-    timeout = timeout.count() < 0 ? bounded : std::min(timeout, bounded);
-  }
+  const auto timeout = sleepAtMost(until);
   asleep_ = true;
   lock.unlock();
-  epoll_event events[64];
+  std::array<epoll_event, 64> events;
   const int count = ::epoll_wait(
       epoll_.get(),
-      events,
-      64,
-      static_cast<int>(std::min<int64_t>(timeout.count(), 1 << 30)));
+      events.data(),
+      static_cast<int>(events.size()),
+      static_cast<int>(timeout.count()));
   lock.lock();
   asleep_ = false;
   memory_.wokeUp();
-  std::vector<int> ready_fds;
   for (int i = 0; i < count; ++i) {
-    ready_fds.push_back(events[i].data.fd);
+    handleEvent(events[static_cast<size_t>(i)].data.fd);
   }
-  handleEvents(ready_fds);
+}
+
+milliseconds Engine::sleepAtMost(Clock::time_point until) const {
+  auto timeout = milliseconds(-1);
+  if (!suspects_.empty()) {
+    timeout = milliseconds(50);
+  } else if (groups_.anyBusy()) {
+    timeout = milliseconds(500);  // deadlines are looked at
+  }
+  if (until != Clock::time_point::max()) {
+    const auto left = std::clamp<milliseconds>(
+        std::chrono::ceil<milliseconds>(until - Clock::now()),
+        milliseconds(0),
+        std::chrono::hours(1));
+    timeout = timeout.count() < 0 ? left : std::min(timeout, left);
+  }
+  return timeout;
 }
 
 // ---- mates and messages ----
@@ -227,68 +245,54 @@ void Engine::watch(int fd) {
   }
 }
 
-void Engine::watchNew() {
-  for (int fd : memory_.descriptors()) {
-    watch(fd);
+void Engine::handleEvent(int fd) {
+  if (fd == memory_.doorbell() ||
+      (network_ != nullptr && fd == network_->descriptor())) {
+    return;  // progress() looks anyway
   }
-}
-
-void Engine::handleEvents(const std::vector<int>& ready) {
-  for (int fd : ready) {
-    if (fd == memory_.doorbell() ||
-        (network_ != nullptr && fd == network_->descriptor())) {
-      continue;
-    }
-    const auto mate =
-        std::find_if(mates_.begin(), mates_.end(), [fd](const auto& it) {
-          return it->socket() == fd;
-        });
-    if (mate != mates_.end()) {
-      mateGone(**mate);
-      continue;
-    }
-    std::unique_ptr<Mate> met = memory_.handle(fd);
-    if (met != nullptr) {
-      addMate(std::move(met));
-    }
-    watchNew();
+  if (Mate* mate = peers_.mateAt(fd)) {
+    mateGone(*mate, "its process has ended");
+    return;
+  }
+  std::unique_ptr<Mate> met = memory_.handle(fd);
+  if (met != nullptr) {
+    addMate(std::move(met));
+  }
+  for (int next : memory_.descriptors()) {
+    watch(next);
   }
 }
 
 void Engine::addMate(std::unique_ptr<Mate> mate) {
   watch(mate->socket());
-  const auto peer = peers_.find(mate->description().process);
-  if (peer != peers_.end() && peer->second->mate == nullptr) {
-    peer->second->mate = mate.get();
-  }
-  mates_.push_back(std::move(mate));
-  driverFree_.notify_all();
+  peers_.addMate(std::move(mate));
+  driverFree_.notify_all();  // awaitMate()
 }
 
-void Engine::mateGone(Mate& mate) {
-  // Its goodbye may still lie in the mailbox.
-  while (drain(mate)) {
-  }
+void Engine::mateGone(Mate& mate, const std::string& cause) {
   ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, mate.socket(), nullptr);
-  const uint64_t process = mate.description().process;
-  const auto found =
-      std::find_if(mates_.begin(), mates_.end(), [&](const auto& it) {
-        return it.get() == &mate;
-      });
-  // What it has put into node memory stays readable while it is mapped.
-  goneMates_.push_back(std::move(*found));
-  mates_.erase(found);
-  const auto peer = peers_.find(process);
-  if (peer != peers_.end()) {
-    failPeer(*peer->second, "its process has ended");
+  try {
+    // Its goodbye may still lie in the mailbox.
+    while (drain(mate)) {
+    }
+  } catch (const TransportError& error) {
+    log(LogLevel::kInfo, error.what());
   }
+  const uint64_t process = mate.description().process;
+  peers_.mateGone(mate);
+  failPeer(process, cause);
 }
 
 bool Engine::drainMailboxes() {
   bool worked = false;
-  // By index: handling a message may add mates.
-  for (size_t i = 0; i < mates_.size(); ++i) {
-    worked = drain(*mates_[i]) || worked;
+  // By index: what a message causes may add a mate, or take this one away.
+  for (size_t i = 0; i < peers_.mates().size(); ++i) {
+    Mate& mate = *peers_.mates()[i];
+    try {
+      worked = drain(mate) || worked;
+    } catch (const TransportError& error) {
+      mateGone(mate, error.what());
+    }
   }
   return worked;
 }
@@ -300,10 +304,8 @@ bool Engine::drain(Mate& mate) {
     if (!message.has_value()) {
       break;
     }
-    dispatch(
-        message->first(std::min(message->size(), sizeof(Record))),
-        message->subspan(std::min(message->size(), sizeof(Record))),
-        &mate);
+    const size_t header = std::min(message->size(), sizeof(Record));
+    groups_.deliver(message->first(header), message->subspan(header), &mate);
     mate.inbox().pop();
     count += 1;
   }
@@ -315,55 +317,7 @@ bool Engine::drain(Mate& mate) {
 
 void Engine::messageArrived(
     std::span<const std::byte> header, std::span<const std::byte> payload) {
-  dispatch(header, payload, nullptr);
-}
-
-void Engine::dispatch(
-    std::span<const std::byte> header,
-    std::span<const std::byte> payload,
-    const Mate* fromMate) {
-  Record record;
-  try {
-    record = parseRecord(header);
-  } catch (const TransportError& error) {
-    log(LogLevel::kWarn, concat("dropped a message: ", error.what()));
-    return;
-  }
-  const auto found = groups_.find(record.group);
-  if (found == groups_.end()) {
-    keepEarly(record, header, payload, fromMate);
-    return;
-  }
-  const std::shared_ptr<Group> group = found->second;
-  try {
-    group->handle(record, payload, fromMate);
-  } catch (const Error& error) {
-    group->fail(
-        FailureKind::kTransport,
-        concat("message from rank ", record.source, ": ", error.what()));
-  }
-}
-
-void Engine::keepEarly(
-    const Record& record,
-    std::span<const std::byte> header,
-    std::span<const std::byte> payload,
-    const Mate* fromMate) {
-  if (endedGroups_.contains(record.group)) {
-    return;
-  }
-  if (earlyBytes_ + payload.size() > kEarlyBytes) {
-    log(LogLevel::kWarn, "dropped a message of a group that is not known");
-    return;
-  }
-  Early early;
-  early.fromMate = fromMate;
-  early.message.append(
-      reinterpret_cast<const char*>(header.data()), header.size());
-  early.message.append(
-      reinterpret_cast<const char*>(payload.data()), payload.size());
-  earlyBytes_ += early.message.size();
-  early_[record.group].push_back(std::move(early));
+  groups_.deliver(header, payload, nullptr);
 }
 
 // ---- failures ----
@@ -380,17 +334,13 @@ void Engine::checkSuspects(Clock::time_point now) {
   const std::vector<Suspect> gone(ripe, suspects_.end());
   suspects_.erase(ripe, suspects_.end());
   for (const Suspect& it : gone) {
-    const auto peer = peers_.find(it.process);
-    if (peer != peers_.end()) {
-      failPeer(*peer->second, concat("the connection to it broke: ", it.cause));
-    }
+    failPeer(it.process, concat("the connection to it broke: ", it.cause));
   }
 }
 
-void Engine::failPeer(Peer& peer, const std::string& cause) {
-  const auto groups = groups_;
-  for (const auto& [id, group] : groups) {
-    group->peerGone(peer, cause);
+void Engine::failPeer(uint64_t process, const std::string& cause) {
+  if (const Peer* peer = peers_.find(process)) {
+    groups_.forEach([&](Group& group) { group.peerGone(*peer, cause); });
   }
 }
 
@@ -401,21 +351,11 @@ void Engine::housekeeping() {
     return;
   }
   lastHousekeeping_ = now;
-  if (!suspects_.empty()) {
-    checkSuspects(now);
-  }
-  for (auto it = groups_.begin(); it != groups_.end();) {
-    const std::shared_ptr<Group> group = it->second;
-    group->checkDeadlines(now);
-    if (group->over()) {
-      endedGroups_.insert(group->id());
-      it = groups_.erase(it);
-    } else {
-      ++it;
-    }
-  }
+  checkSuspects(now);
+  groups_.forEach([now](Group& group) { group.checkDeadlines(now); });
+  groups_.removeEnded();
   if (groups_.empty()) {
-    goneMates_.clear();
+    peers_.forgetGone();
   }
 }
 
@@ -426,7 +366,7 @@ bool Engine::meet(
   const std::lock_guard meeting(meetMutex_);
   {
     const Lock lock(mutex_);
-    if (findMate(process) != nullptr) {
+    if (peers_.findMate(process) != nullptr) {
       return true;
     }
   }
@@ -442,22 +382,13 @@ bool Engine::meet(
 
 bool Engine::awaitMate(uint64_t process, Clock::time_point deadline) {
   Lock lock(mutex_);
-  while (findMate(process) == nullptr) {
+  while (peers_.findMate(process) == nullptr) {
     if (Clock::now() > deadline) {
       return false;
     }
     driverFree_.wait_for(lock, milliseconds(20));
   }
   return true;
-}
-
-Mate* Engine::findMate(uint64_t process) {
-  for (const auto& mate : mates_) {
-    if (mate->description().process == process) {
-      return mate.get();
-    }
-  }
-  return nullptr;
 }
 
 std::string Engine::networkAddress() {
@@ -480,35 +411,17 @@ Peer* Engine::addPeer(
     int64_t pid,
     const std::string& networkAddress) {
   const Lock lock(mutex_);
-  std::unique_ptr<Peer>& peer = peers_[process];
-  if (peer == nullptr) {
-    peer = std::make_unique<Peer>(process, host, pid, config_);
-  }
-  peer->mate = findMate(process);
   if (!networkAddress.empty() && network_ != nullptr) {
     network_->addProcess(process, networkAddress);
   }
-  return peer.get();
+  return &peers_.add(process, host, pid);
 }
 
 std::shared_ptr<Group> Engine::addGroup(Membership membership) {
   const Lock lock(mutex_);
   checkUsable();
   auto group = std::make_shared<Group>(*this, std::move(membership));
-  groups_.emplace(group->id(), group);
-  const auto early = early_.find(group->id());
-  if (early != early_.end()) {
-    const std::vector<Early> messages = std::move(early->second);
-    early_.erase(early);
-    for (const Early& it : messages) {
-      earlyBytes_ -= it.message.size();
-      const auto bytes = std::as_bytes(std::span(it.message));
-      dispatch(
-          bytes.first(sizeof(Record)),
-          bytes.subspan(sizeof(Record)),
-          it.fromMate);
-    }
-  }
+  groups_.add(group);
   return group;
 }
 
@@ -542,9 +455,7 @@ void Engine::shutdown(milliseconds timeout) {
       return;
     }
     shutDown_ = true;
-    for (const auto& [id, group] : groups_) {
-      groups.push_back(group);
-    }
+    groups = groups_.all();
   }
   for (const auto& group : groups) {
     group->leave(

@@ -6,16 +6,15 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
-#include <unordered_set>
 #include <vector>
 
 #include "process_group/common/config.hpp"
-#include "process_group/exchange/group.hpp"
+#include "process_group/exchange/group_table.hpp"
+#include "process_group/exchange/peer_table.hpp"
 #include "process_group/exchange/transfers.hpp"
 #include "process_group/memory/node_memory.hpp"
 #include "process_group/network/network.hpp"
@@ -93,27 +92,18 @@ class Engine : private NetworkListener {
 
   void threadMain();
   bool progress();
+  bool moveEverything();
   bool drainMailboxes();
   bool drain(Mate& mate);
   void sleep(Lock& lock, Clock::time_point until);
-  void handleEvents(const std::vector<int>& ready);
-  void mateGone(Mate& mate);
+  std::chrono::milliseconds sleepAtMost(Clock::time_point until) const;
+  void handleEvent(int fd);
+  void mateGone(Mate& mate, const std::string& cause);
   void addMate(std::unique_ptr<Mate> mate);
   void watch(int fd);
-  void watchNew();
-  void dispatch(
-      std::span<const std::byte> message,
-      std::span<const std::byte> payload,
-      const Mate* fromMate);
-  void keepEarly(
-      const Record& record,
-      std::span<const std::byte> header,
-      std::span<const std::byte> payload,
-      const Mate* fromMate);
-  Mate* findMate(uint64_t process);
   void housekeeping();
   void checkSuspects(Clock::time_point now);
-  void failPeer(Peer& peer, const std::string& cause);
+  void failPeer(uint64_t process, const std::string& cause);
   void messageArrived(
       std::span<const std::byte> header,
       std::span<const std::byte> payload) override;
@@ -127,19 +117,8 @@ class Engine : private NetworkListener {
   std::unique_ptr<Network> network_;
   Transfers transfers_;
   FileDescriptor epoll_;
-  std::vector<std::unique_ptr<Mate>> mates_;
-  std::vector<std::unique_ptr<Mate>> goneMates_;
-  std::map<uint64_t, std::unique_ptr<Peer>> peers_;
-  std::map<uint64_t, std::shared_ptr<Group>> groups_;
-  std::unordered_set<uint64_t> endedGroups_;
-
-  /// Messages for groups that are not built here yet.
-  struct Early {
-    std::string message;  // record and payload
-    const Mate* fromMate;
-  };
-  std::map<uint64_t, std::vector<Early>> early_;
-  size_t earlyBytes_ = 0;
+  PeerTable peers_;
+  GroupTable groups_;
 
   struct Suspect {
     uint64_t process;

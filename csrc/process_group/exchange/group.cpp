@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "process_group/exchange/group.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -14,6 +15,8 @@ namespace {
 // Above this, a node-mate copies its part of a packet from node memory
 // instead of getting it through its mailbox.
 constexpr uint64_t kInlinePart = 2 * 1024;
+// Of a failure that is told to others; names of many ranks may be longer.
+constexpr size_t kTextBytes = 4 * 1024;
 
 }  // namespace
 
@@ -322,7 +325,8 @@ void Group::fail(FailureKind kind, const std::string& text, bool tellOthers) {
   if (tellOthers && !leaving_) {
     Record record = makeRecord(RecordKind::kFailed, 0, 0);
     record.dtype = static_cast<uint8_t>(kind);
-    const auto payload = std::as_bytes(std::span(text));
+    const auto payload =
+        std::as_bytes(std::span(text).first(std::min(text.size(), kTextBytes)));
     record.bytes = payload.size();
     tellMates(record, payload);
     tellNodes(record, payload);

@@ -10,32 +10,14 @@
 #include <string>
 #include <vector>
 
-#include "process_group/common/config.hpp"
 #include "process_group/exchange/all_to_all.hpp"
-#include "process_group/exchange/posting_rule.hpp"
+#include "process_group/exchange/peer_table.hpp"
 #include "process_group/exchange/record.hpp"
 #include "process_group/topology/topology.hpp"
 
 namespace automoe {
 
 class Engine;
-class Mate;
-
-/// Another process, shared by all groups that it is in.
-struct Peer {
-  Peer(uint64_t process, std::string host, int64_t pid, const Config& config)
-      : process(process),
-        host(std::move(host)),
-        pid(pid),
-        budget(config.eagerBytes, config.unmatchedBytes) {}
-
-  const uint64_t process;
-  const std::string host;
-  const int64_t pid;
-  Mate* mate = nullptr;  // when it is on this node
-  UnmatchedBudget budget;
-  std::string failure;  // why it is gone, empty while it is not
-};
 
 /// What the ranks of a new group have found out about each other.
 struct Membership {

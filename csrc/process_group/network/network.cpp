@@ -129,6 +129,8 @@ void Network::addProcess(uint64_t process, const std::string& address) {
     endpoint->process = process;
     endpoint->address = address;
   }
+  // A new group is a new try.
+  endpoint->broken = endpoint->broken && endpoint->handle != nullptr;
 }
 
 Network::Endpoint& Network::endpoint(uint64_t process) {
@@ -145,9 +147,12 @@ Network::Endpoint& Network::endpoint(uint64_t process) {
     params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
     params.err_handler.cb = &Network::onError;
     params.err_handler.arg = &endpoint;
-    checkUcx(
-        ucp_ep_create(worker_.get(), &params, &endpoint.handle),
-        "ucp_ep_create");
+    const ucs_status_t status =
+        ucp_ep_create(worker_.get(), &params, &endpoint.handle);
+    if (status != UCS_OK) {
+      endpoint.handle = nullptr;
+      onError(&endpoint, nullptr, status);
+    }
   }
   return endpoint;
 }
