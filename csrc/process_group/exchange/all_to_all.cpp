@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "process_group/common/error.hpp"
+#include "process_group/exchange/agreement.hpp"
 #include "process_group/exchange/engine.hpp"
 #include "process_group/exchange/group.hpp"
 
@@ -14,11 +15,6 @@ namespace {
 // Copied twice through a mailbox rather than read from the other process: a
 // system call and an answer cost more than the second copy of so few bytes.
 constexpr uint64_t kInlineBytes = 8 * 1024;
-
-std::string withElements(uint64_t bytes, uint32_t elementBytes) {
-  return concat(
-      bytes, " bytes (", bytes / elementBytes, " x ", elementBytes, ")");
-}
 
 }  // namespace
 
@@ -178,51 +174,19 @@ void AllToAll::sourcePosted(
 }
 
 bool AllToAll::sizesAgree(int rank) {
-  const Record& record = source(rank).record;
   const auto index = static_cast<size_t>(rank);
-  const uint64_t expected = arguments_.receives[index].bytes;
-  const uint64_t sent = arguments_.sends[index].bytes;
-  const int self = group_.topology().rank();
-  std::string text;
-  // Both sides find the same disagreement and say the same words; the lower
-  // direction first, so that they also begin with the same one.
-  const auto disagree = [&](int from, int to, uint64_t sends, uint64_t awaits) {
-    if (sends != awaits && text.empty()) {
-      text = concat(
-          "rank ",
-          from,
-          " sends ",
-          withElements(sends, arguments_.elementBytes),
-          " to rank ",
-          to,
-          ", but rank ",
-          to,
-          " expects ",
-          withElements(awaits, arguments_.elementBytes),
-          "; input_split_sizes of the one must equal output_split_sizes of "
-          "the other");
-    }
-  };
-  if (rank < self) {
-    disagree(rank, self, record.sendBytes, expected);
-    disagree(self, rank, sent, record.receiveBytes);
-  } else {
-    disagree(self, rank, sent, record.receiveBytes);
-    disagree(rank, self, record.sendBytes, expected);
-  }
-  if (text.empty() && record.dtype != arguments_.dtype &&
-      record.sendBytes + sent > 0 && arguments_.dtypeName != nullptr) {
-    text = concat(
-        "rank ",
-        rank,
-        " posted tensors of ",
-        arguments_.dtypeName(record.dtype),
-        ", rank ",
-        self,
-        " of ",
-        arguments_.dtypeName(arguments_.dtype),
-        "; they must agree");
-  }
+  const Record& theirs = source(rank).record;
+  const std::string text = findDisagreement(
+      {.rank = rank,
+       .sendBytes = theirs.sendBytes,
+       .receiveBytes = theirs.receiveBytes,
+       .dtype = theirs.dtype},
+      {.rank = group_.topology().rank(),
+       .sendBytes = arguments_.sends[index].bytes,
+       .receiveBytes = arguments_.receives[index].bytes,
+       .dtype = arguments_.dtype},
+      arguments_.elementBytes,
+      arguments_.dtypeName);
   if (text.empty()) {
     return true;
   }

@@ -8,13 +8,11 @@
 #include "process_group/common/error.hpp"
 #include "process_group/common/log.hpp"
 #include "process_group/exchange/engine.hpp"
+#include "process_group/exchange/relay.hpp"
 
 namespace automoe {
 namespace {
 
-// Above this, a node-mate copies its part of a packet from node memory
-// instead of getting it through its mailbox.
-constexpr uint64_t kInlinePart = 2 * 1024;
 // Of a failure that is told to others; names of many ranks may be longer.
 constexpr size_t kTextBytes = 4 * 1024;
 
@@ -234,7 +232,12 @@ void Group::handlePacket(
     const Record& record, std::span<const std::byte> payload) {
   const Packet packet = decodePacket(payload, topology().localSize());
   counters_.relayedPackets += packet.hasBlocks() ? 1 : 0;
-  relay(record, packet);
+  std::vector<Mate*> mates;
+  for (int rank : topology().ranksOf(topology().node())) {
+    const bool self = rank == topology().rank();
+    mates.push_back(self ? nullptr : peer(rank).mate);
+  }
+  relayPacket(record, packet, topology(), mates, engine_.memory());
   const auto local = static_cast<size_t>(topology().localRank());
   Record own = record;
   own.destination = topology().rank();
@@ -248,56 +251,6 @@ void Group::handlePacket(
     block = packet.blocks[local];
   }
   operation(record.sequence)->sourcePosted(own, block);
-}
-
-void Group::relay(const Record& record, const Packet& packet) {
-  const auto ranks = topology().ranksOf(topology().node());
-  // The large parts go into one extent that the mates read in place.
-  size_t extentBytes = 0;
-  uint32_t readers = 0;
-  for (size_t i = 0; packet.hasBlocks() && i < ranks.size(); ++i) {
-    if (ranks[i] != topology().rank() &&
-        packet.blocks[i].size() > kInlinePart) {
-      extentBytes += packet.blocks[i].size();
-      readers += 1;
-    }
-  }
-  std::optional<NodeMemory::Extent> extent;
-  if (readers > 0) {
-    extent = engine_.memory().allocate(extentBytes, readers);
-    AUTOMOE_CHECK(extent.has_value(), "node memory is full");
-  }
-  size_t position = 0;
-  for (size_t i = 0; i < ranks.size(); ++i) {
-    if (ranks[i] == topology().rank()) {
-      continue;
-    }
-    Record part = record;
-    part.destination = ranks[i];
-    part.sendBytes = packet.sizes[i].sendBytes;
-    part.receiveBytes = packet.sizes[i].receiveBytes;
-    std::span<const std::byte> payload;
-    if (part.sendBytes == 0) {
-      part.carrier = Carrier::kNone;
-    } else if (!packet.hasBlocks()) {
-      part.carrier = Carrier::kLater;
-    } else if (part.sendBytes <= kInlinePart) {
-      part.carrier = Carrier::kInline;
-      payload = packet.blocks[i];
-    } else {
-      part.carrier = Carrier::kExtent;
-      part.owner = topology().rank();
-      part.place = extent->offset;
-      part.offset = position;
-      std::memcpy(
-          extent->data + position,
-          packet.blocks[i].data(),
-          packet.blocks[i].size());
-      position += packet.blocks[i].size();
-    }
-    part.bytes = payload.size();
-    peer(ranks[i]).mate->post(asBytes(part), payload);
-  }
 }
 
 // ---- the end of a group ----

@@ -95,7 +95,6 @@ class Group {
  private:
   std::shared_ptr<AllToAll> operation(uint64_t sequence);
   void handlePacket(const Record& record, std::span<const std::byte> payload);
-  void relay(const Record& record, const Packet& packet);
   void handleFailed(
       const Record& record, std::span<const std::byte> payload, bool byNetwork);
   void handleLeaving(const Record& record, bool byNetwork);

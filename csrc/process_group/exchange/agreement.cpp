@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "process_group/exchange/agreement.hpp"
+
+#include "process_group/common/error.hpp"
+
+namespace automoe {
+namespace {
+
+std::string amount(uint64_t bytes, uint32_t elementBytes) {
+  return concat(
+      bytes,
+      " bytes (",
+      bytes / elementBytes,
+      " elements of ",
+      elementBytes,
+      ")");
+}
+
+}  // namespace
+
+std::string findDisagreement(
+    const PostedSide& theirs,
+    const PostedSide& own,
+    uint32_t elementBytes,
+    const char* (*dtypeName)(uint8_t)) {
+  // The lower rank's direction first, so that both say the same.
+  const bool ownFirst = own.rank < theirs.rank;
+  const PostedSide& low = ownFirst ? own : theirs;
+  const PostedSide& high = ownFirst ? theirs : own;
+  const auto differ = [&](const PostedSide& from, const PostedSide& to) {
+    return from.sendBytes == to.receiveBytes
+               ? std::string()
+               : concat(
+                     "rank ",
+                     from.rank,
+                     " sends ",
+                     amount(from.sendBytes, elementBytes),
+                     " to rank ",
+                     to.rank,
+                     ", but rank ",
+                     to.rank,
+                     " expects ",
+                     amount(to.receiveBytes, elementBytes),
+                     "; input_split_sizes of the one must equal "
+                     "output_split_sizes of the other");
+  };
+  std::string text = differ(low, high);
+  if (text.empty()) {
+    text = differ(high, low);
+  }
+  const bool anything = own.sendBytes + theirs.sendBytes > 0;
+  if (text.empty() && anything && low.dtype != high.dtype &&
+      dtypeName != nullptr) {
+    text = concat(
+        "rank ",
+        low.rank,
+        " posted tensors of ",
+        dtypeName(low.dtype),
+        ", rank ",
+        high.rank,
+        " of ",
+        dtypeName(high.dtype),
+        "; they must agree");
+  }
+  return text;
+}
+
+}  // namespace automoe

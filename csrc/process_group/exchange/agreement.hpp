@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// Whether what two ranks posted for one operation fits together.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace automoe {
+
+/// One side of a pair, as it has posted.
+struct PostedSide {
+  int rank;
+  uint64_t sendBytes;     // to the other
+  uint64_t receiveBytes;  // expected from the other
+  uint8_t dtype;
+};
+
+/// Empty when the two agree; else which rank sends how much to which, and what
+/// that one expects. Both ranks find the same words. Dtypes only matter where
+/// anything is sent. `elementBytes` is the own rank's, for the text.
+std::string findDisagreement(
+    const PostedSide& theirs,
+    const PostedSide& own,
+    uint32_t elementBytes,
+    const char* (*dtypeName)(uint8_t));
+
+}  // namespace automoe
