@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import Backend, Store
+
+class ProcessGroupAutoMoe(Backend):
+    """The c10d backend of one group; made by ``torch_automoe.backend``."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        name: str,
+        inner: Backend | None,
+    ) -> None:
+        """Collective over all ranks of the group.
+
+        Raises:
+            ValueError: ranks disagree (protocol version, AUTOMOE_NODE), or the
+                process was forked from one that used the backend.
+            torch.distributed.DistBackendError: the system or the network failed.
+        """
+
+    def topology(self) -> dict[str, Any]: ...
+    def explain_exchange(self) -> str: ...
+    def stats(self) -> dict[str, int]: ...
+
+def shutdown(timeout: timedelta) -> None:
+    """Leave all groups and end the threads; at most ``timeout`` for node-mates."""
+
+def choose_interface() -> dict[str, str]:
+    """Return name, address and reason of the network interface between nodes.
+
+    Raises:
+        ValueError: AUTOMOE_INTERFACE names one that is not up.
+    """
