@@ -360,8 +360,9 @@ std::string ProcessGroupAutoMoe::explainExchange() {
       counters.readBlocks,
       " read from the sender's tensor, ",
       counters.stagedBlocks,
-      " staged through node memory (where cross-memory reads are not "
-      "allowed).");
+      " staged through node memory (",
+      engine_->describeCopies(),
+      ").");
   if (topology.numNodes() > 1) {
     const size_t kilobytes = engine_->config().eagerBytes / 1024;
     text += concat(

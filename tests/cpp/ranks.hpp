@@ -100,7 +100,8 @@ inline Config configFor(const Shape& shape, int rank) {
   Config config;
   config.node = "node" + std::to_string(shape.nodeOf(rank));
   config.interface = "lo";
-  config.crossMemory = shape.crossMemory;
+  config.crossMemory =
+      shape.crossMemory ? CrossMemory::kAlways : CrossMemory::kNever;
   config.nodeMemoryBytes = size_t{1} << 28;
   return config;
 }

@@ -10,6 +10,10 @@ namespace automoe {
 
 enum class LogLevel : uint8_t { kDebug = 0, kInfo = 1, kWarn = 2 };
 
+/// Whether node-mates read each other's tensors directly, where the kernel
+/// allows it: as a measurement of both ways says, always, or never.
+enum class CrossMemory : uint8_t { kMeasured, kAlways, kNever };
+
 /// Settings of one process. Each environment variable is named beside its
 /// member; the other members are for tests and benchmarks.
 struct Config {
@@ -27,8 +31,7 @@ struct Config {
   /// MASTER_ADDR as torchrun sets it; only used to choose the interface.
   std::string masterAddress;
 
-  /// Read tensors of node-mates directly where the kernel allows it.
-  bool crossMemory = true;
+  CrossMemory crossMemory = CrossMemory::kMeasured;
 
   /// Largest payload that rides with its record over the network, in bytes.
   /// A message of this size and its header fit one segment of UCX's TCP.

@@ -122,6 +122,7 @@ void AllToAll::postToNode(int node) {
     for (int rank : ranks) {
       const auto& send = arguments_.sends[static_cast<size_t>(rank)];
       packet.blocks.emplace_back(send.data, send.bytes);
+      source(rank).ridesUnmatched = !source(rank).posted;
       ride.unmatchedRanks += source(rank).posted ? 0 : 1;
     }
     if (ride.unmatchedRanks == 0) {
@@ -216,14 +217,17 @@ void AllToAll::settle(int rank) {
 }
 
 void AllToAll::ridesMatched(int rank) {
+  Source& state = source(rank);
+  if (!state.ridesUnmatched) {
+    return;
+  }
+  state.ridesUnmatched = false;
   const Topology& topology = group_.topology();
   const int node = topology.nodeOf(rank);
   NodeRide& ride = rides_[static_cast<size_t>(node)];
-  if (ride.unmatchedRanks > 0) {
-    ride.unmatchedRanks -= 1;
-    if (ride.unmatchedRanks == 0) {
-      group_.peer(topology.railPeer(node)).budget.matched(ride.bytes);
-    }
+  ride.unmatchedRanks -= 1;
+  if (ride.unmatchedRanks == 0) {
+    group_.peer(topology.railPeer(node)).budget.matched(ride.bytes);
   }
 }
 
@@ -294,11 +298,14 @@ void AllToAll::take(int rank, std::span<const std::byte> payload) {
       job.to = to.data;
       job.bytes = to.bytes;
       job.failures = record.failures;
-      job.done = [this, rank] {
-        const Record answer =
+      job.done = [this, rank](bool certain) {
+        Record answer =
             group_.makeRecord(RecordKind::kReadDone, sequence(), rank);
+        answer.carrier = certain ? Carrier::kNone : Carrier::kLater;
         group_.peer(rank).mate->post(asBytes(answer));
-        received(rank);
+        if (certain) {
+          received(rank);
+        }
       };
       job.failed = [this, rank](const std::string& cause) {
         group_.fail(
@@ -350,10 +357,21 @@ void AllToAll::chunkStaged(const Record& record) {
 
 void AllToAll::blockRead(const Record& record) {
   Source& state = source(record.source);
+  if (record.carrier == Carrier::kLater) {
+    // Some group of ours failed meanwhile; not this one, or we would not be
+    // here, so the tensor was there all the time.
+    const Record answer = group_.makeRecord(
+        RecordKind::kReadConfirmed, sequence(), record.source);
+    group_.peer(record.source).mate->post(asBytes(answer));
+  }
   if (state.reads) {
     state.reads = false;
     stepDone();
   }
+}
+
+void AllToAll::readConfirmed(const Record& record) {
+  received(record.source);
 }
 
 void AllToAll::abandon() {

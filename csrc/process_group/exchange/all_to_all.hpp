@@ -51,6 +51,7 @@ class AllToAll final : public Operation,
   void chunkArrived(const Record& record, std::span<const std::byte> payload);
   void chunkStaged(const Record& record);
   void blockRead(const Record& record);
+  void readConfirmed(const Record& record);
   /// Gives back what it holds of others, when the group has failed.
   void abandon();
 
@@ -60,13 +61,14 @@ class AllToAll final : public Operation,
   /// What is known of one other rank, as a source and as a destination.
   struct Source {
     bool posted = false;
-    bool received = false;       // its block is in the output
-    bool waitsForMatch = false;  // our block leaves when its record is here
-    bool reads = false;          // it reads our block and will say so
-    Record record;               // its kPosted, when posted
-    std::string kept;            // an inline payload that came before our call
-    uint64_t got = 0;            // bytes of chunks
-    size_t rode = 0;             // bytes of ours that rode to it unmatched
+    bool received = false;        // its block is in the output
+    bool waitsForMatch = false;   // our block leaves when its record is here
+    bool reads = false;           // it reads our block and will say so
+    Record record;                // its kPosted, when posted
+    std::string kept;             // an inline payload that came before our call
+    uint64_t got = 0;             // bytes of chunks
+    bool ridesUnmatched = false;  // counted in its node's NodeRide
+    size_t rode = 0;              // bytes of ours that rode to it unmatched
   };
   /// Bytes that rode to one other node, until its ranks have posted.
   struct NodeRide {

@@ -50,6 +50,8 @@ class Engine : private NetworkListener {
   /// What an unfinished operation waits for, in words.
   std::string waitsFor(const Operation& operation);
   EngineCounters counters();
+  /// How node-mates copy, in words.
+  std::string describeCopies() const { return memory_.copyRates().describe(); }
   /// The network in words; empty while there is none.
   std::string describeNetwork();
   /// Leaves every group, serves node-mates until they have left too or the

@@ -223,6 +223,9 @@ void Group::handle(
     case RecordKind::kReadDone:
       it->blockRead(record);
       break;
+    case RecordKind::kReadConfirmed:
+      it->readConfirmed(record);
+      break;
     default:
       throw TransportError("a record of a kind that is not known");
   }

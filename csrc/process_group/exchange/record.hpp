@@ -11,12 +11,13 @@
 namespace automoe {
 
 enum class RecordKind : uint8_t {
-  kPosted = 1,    // "I have posted this operation, with these sizes"
-  kPayload = 2,   // a chunk of a direct payload
-  kStaged = 3,    // a chunk that lies in an extent of the source
-  kReadDone = 4,  // "I have read your tensor; it is yours again"
-  kFailed = 5,    // the group is over; the payload says why
-  kLeaving = 6,   // "I use this group no more"
+  kPosted = 1,         // "I have posted this operation, with these sizes"
+  kPayload = 2,        // a chunk of a direct payload
+  kStaged = 3,         // a chunk that lies in an extent of the source
+  kReadDone = 4,       // "I have read your tensor; it is yours again"
+  kReadConfirmed = 7,  // "and it was there while you read it"
+  kFailed = 5,         // the group is over; the payload says why
+  kLeaving = 6,        // "I use this group no more"
 };
 
 /// How the payload of a kPosted record travels.

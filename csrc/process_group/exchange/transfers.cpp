@@ -10,14 +10,20 @@
 namespace automoe {
 namespace {
 
-// Blocks that are sent side by side, and chunks of each under way. Two
-// blocks keep the link busy while one destination is not scheduled; more
-// would meet the traffic of other sources at the same receivers.
-constexpr int kActiveBlocks = 2;
-constexpr int kChunksPerBlock = 4;
+// Blocks that are sent side by side, in small turns, and chunks of each under
+// way. One block after the other would leave links idle whenever two sources
+// meet at one receiver, and much of each under way leaves it to TCP which
+// block is finished first. (4 nodes x 2 ranks at 1 gbit, 12.6 MB a rank: 86 %
+// of the line rate in rotated order, 93 % with all in the kernel's buffers,
+// 98 % in turns with the small send buffer of network.cpp.)
+constexpr int kActiveBlocks = 8;
+constexpr int kChunksPerBlock = 2;
 // Bytes copied between two looks at the network.
 constexpr uint64_t kCopyPortion = 256 * 1024;
+// Staged chunks of a block: one is filled while the other is read, and both
+// are small enough to stay in the cache between the two copies.
 constexpr size_t kSlots = 2;
+constexpr uint64_t kSlotBytes = 128 * 1024;
 
 }  // namespace
 
@@ -114,11 +120,8 @@ bool Transfers::advanceReads() {
   if (job.bytes == 0) {
     const MateRead ended = std::move(job);
     reads_.pop_front();
-    // After a failure at the mate its tensor may be gone, and what was read
-    // be anything. The mate's notice ends this operation.
-    if (ended.mate->segment().header().failures.load() == ended.failures) {
-      ended.done();
-    }
+    ended.done(
+        ended.mate->segment().header().failures.load() == ended.failures);
   }
   return true;
 }
@@ -147,7 +150,7 @@ bool Transfers::advanceStaged() {
 
 bool Transfers::fillSlots(Staged& job) {
   if (job.slots.empty()) {
-    const size_t slotBytes = std::min(job.bytes, kCopyPortion);
+    const size_t slotBytes = std::min(job.bytes, kSlotBytes);
     for (size_t i = 0; i < kSlots; ++i) {
       // One reader is this job itself, so that the slot stays.
       const auto slot = memory_.allocate(slotBytes, 1);
@@ -164,7 +167,7 @@ bool Transfers::fillSlots(Staged& job) {
     }
     Record record = job.record;
     record.offset = job.staged;
-    record.bytes = std::min(kCopyPortion, job.bytes - job.staged);
+    record.bytes = std::min(kSlotBytes, job.bytes - job.staged);
     record.place = slot.offset;
     std::memcpy(slot.data, job.data + job.staged, record.bytes);
     job.staged += record.bytes;

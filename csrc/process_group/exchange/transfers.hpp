@@ -38,7 +38,9 @@ struct MateRead {
   std::byte* to = nullptr;
   uint64_t bytes = 0;
   uint64_t failures = 0;  // of the mate when it posted
-  std::function<void()> done;
+  /// Not `certain` when a group of the mate has failed since it posted: if it
+  /// is this one, the tensor may have gone, and what was read be anything.
+  std::function<void(bool certain)> done;
   std::function<void(const std::string&)> failed;
 };
 

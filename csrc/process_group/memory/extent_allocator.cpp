@@ -2,6 +2,7 @@
 #include "process_group/memory/extent_allocator.hpp"
 
 #include <algorithm>
+#include <limits>
 
 #include "process_group/common/error.hpp"
 
@@ -14,6 +15,9 @@ ExtentAllocator::ExtentAllocator(size_t begin, size_t end) {
 }
 
 std::optional<size_t> ExtentAllocator::allocate(size_t bytes) {
+  if (bytes > std::numeric_limits<size_t>::max() - kAlignment) {
+    return std::nullopt;
+  }
   const size_t rounded =
       std::max(bytes + kAlignment - 1, kAlignment) / kAlignment * kAlignment;
   for (auto it = free_.begin(); it != free_.end(); ++it) {

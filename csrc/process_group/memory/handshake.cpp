@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "process_group/common/error.hpp"
 
@@ -60,11 +61,28 @@ ucred credentials(int socket) {
 
 struct Received {
   Hello hello;
-  FileDescriptor memory;
-  FileDescriptor doorbell;
+  std::vector<FileDescriptor> descriptors;
 };
 
-Received receive(int socket) {
+// Takes whatever descriptors came, so that none stays open by accident.
+std::vector<FileDescriptor> takeDescriptors(msghdr& message) {
+  std::vector<FileDescriptor> taken;
+  for (cmsghdr* head = CMSG_FIRSTHDR(&message); head != nullptr;
+       head = CMSG_NXTHDR(&message, head)) {
+    if (head->cmsg_level != SOL_SOCKET || head->cmsg_type != SCM_RIGHTS) {
+      continue;
+    }
+    const size_t count = (head->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t i = 0; i < count; ++i) {
+      int fd;
+      std::memcpy(&fd, CMSG_DATA(head) + i * sizeof(int), sizeof(int));
+      taken.emplace_back(fd);
+    }
+  }
+  return taken;
+}
+
+Received receive(int socket, size_t numDescriptors) {
   Received received;
   iovec data = {&received.hello, sizeof(Hello)};
   alignas(cmsghdr) char control[CMSG_SPACE(2 * sizeof(int))] = {};
@@ -77,21 +95,22 @@ Received receive(int socket) {
   do {
     got = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
   } while (got < 0 && errno == EINTR);
-  const cmsghdr* head = CMSG_FIRSTHDR(&message);
-  if (head != nullptr && head->cmsg_type == SCM_RIGHTS &&
-      head->cmsg_len == CMSG_LEN(2 * sizeof(int))) {
-    int fds[2];
-    std::memcpy(fds, CMSG_DATA(head), sizeof(fds));
-    received.memory = FileDescriptor(fds[0]);
-    received.doorbell = FileDescriptor(fds[1]);
+  const int error = errno;
+  if (got >= 0) {
+    received.descriptors = takeDescriptors(message);
   }
   if (got != static_cast<ssize_t>(sizeof(Hello)) ||
-      received.hello.magic != Hello::kMagic) {
+      (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0 ||
+      received.hello.magic != Hello::kMagic ||
+      received.descriptors.size() != numDescriptors) {
     throw TransportError(concat(
-        "expected a hello of a node-mate, got ",
+        "expected a hello of a node-mate with ",
+        numDescriptors,
+        " descriptors, got ",
         got,
-        " bytes",
-        got < 0 ? concat(" (", strerror(errno), ")") : ""));
+        " bytes with ",
+        received.descriptors.size(),
+        got < 0 ? concat(" (", strerror(error), ")") : ""));
   }
   return received;
 }
@@ -109,7 +128,8 @@ bool canRead(pid_t pid, uint64_t address, uint64_t expected) {
 
 }  // namespace
 
-std::unique_ptr<Mate> OpenedMate::intoMate(Ring inbox, FileDescriptor socket) {
+std::unique_ptr<Mate> OpenedMate::intoMate(
+    Ring inbox, std::shared_ptr<const void> inboxOwner, FileDescriptor socket) {
   std::byte* memory =
       segment->at(hello.ringOffset, Ring::kHeaderBytes + hello.ringBytes);
   MateDescription description;
@@ -121,6 +141,7 @@ std::unique_ptr<Mate> OpenedMate::intoMate(Ring inbox, FileDescriptor socket) {
       description,
       std::move(*segment),
       inbox,
+      std::move(inboxOwner),
       Ring(memory, hello.ringBytes),
       std::move(socket),
       std::move(doorbell));
@@ -207,20 +228,23 @@ void sendHello(int socket, const Hello& hello, int memory, int doorbell) {
 }
 
 OpenedMate receiveHello(int socket, bool probeCrossMemory) {
-  Received received = receive(socket);
-  if (!received.memory.valid() || !received.doorbell.valid()) {
-    throw TransportError("the hello of a node-mate came without its memory");
-  }
+  Received received = receive(socket, 2);
   OpenedMate mate;
   mate.hello = received.hello;
-  if (mate.hello.ringBytes < 1024 ||
-      !std::has_single_bit(mate.hello.ringBytes)) {
-    throw TransportError(
-        concat("a node-mate offers a mailbox of ", mate.hello.ringBytes));
+  const Hello& hello = mate.hello;
+  if (hello.ringBytes < 1024 || hello.ringBytes > (uint64_t{1} << 30) ||
+      !std::has_single_bit(hello.ringBytes) || hello.ringOffset % 64 != 0 ||
+      hello.ringOffset < Segment::kHeaderBytes) {
+    throw TransportError(concat(
+        "a node-mate offers a mailbox of ",
+        hello.ringBytes,
+        " bytes at ",
+        hello.ringOffset));
   }
   mate.segment = std::make_unique<Segment>(Segment::attach(
-      std::move(received.memory), mate.hello.process, mate.hello.segmentBytes));
-  mate.doorbell = std::move(received.doorbell);
+      std::move(received.descriptors[0]), hello.process, hello.segmentBytes));
+  mate.segment->at(hello.ringOffset, Ring::kHeaderBytes + hello.ringBytes);
+  mate.doorbell = std::move(received.descriptors[1]);
   mate.pid = credentials(socket).pid;
   mate.readable =
       probeCrossMemory &&
@@ -229,7 +253,7 @@ OpenedMate receiveHello(int socket, bool probeCrossMemory) {
 }
 
 Hello receiveConfirmation(int socket) {
-  return receive(socket).hello;
+  return receive(socket, 0).hello;
 }
 
 }  // namespace automoe

@@ -35,7 +35,11 @@ struct OpenedMate {
   pid_t pid = 0;
   bool readable = false;
 
-  std::unique_ptr<Mate> intoMate(Ring inbox, FileDescriptor socket);
+  /// `inboxOwner` keeps the inbox's place in the own segment.
+  std::unique_ptr<Mate> intoMate(
+      Ring inbox,
+      std::shared_ptr<const void> inboxOwner,
+      FileDescriptor socket);
 };
 
 /// A listening abstract socket; gone with the process.
@@ -50,8 +54,9 @@ Hello makeHello(
     uint64_t process, const Segment& segment, uint64_t ring, size_t ringBytes);
 /// Sends a hello with two descriptors, or with none (-1).
 void sendHello(int socket, const Hello& hello, int memory, int doorbell);
-/// Receives a hello with its descriptors, maps the memory and probes whether
-/// it can be read directly. Throws TransportError.
+/// Receives a hello with its descriptors and maps the memory; probes whether
+/// tensors of that process can be read directly, if they are to be. Throws
+/// TransportError.
 OpenedMate receiveHello(int socket, bool probeCrossMemory);
 /// Receives a hello without descriptors. Throws TransportError.
 Hello receiveConfirmation(int socket);

@@ -34,11 +34,13 @@ Mate::Mate(
     MateDescription description,
     Segment segment,
     Ring inbox,
+    std::shared_ptr<const void> inboxOwner,
     Ring outbox,
     FileDescriptor socket,
     FileDescriptor doorbell)
     : description_(description),
       segment_(std::move(segment)),
+      inboxOwner_(std::move(inboxOwner)),
       inbox_(inbox),
       outbox_(outbox),
       socket_(std::move(socket)),

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <span>
 #include <string>
 
@@ -19,8 +20,8 @@ namespace automoe {
 struct MateDescription {
   uint64_t process = 0;   // its id
   pid_t pid = 0;          // as seen from here; 0 when it cannot be seen
-  bool readable = false;  // this process may read its tensors directly
-  bool readsUs = false;   // it may read ours
+  bool readable = false;  // this process reads its tensors directly
+  bool readsUs = false;   // it reads ours
 };
 
 /// Not thread-safe; the engine's lock guards it.
@@ -30,6 +31,7 @@ class Mate {
       MateDescription description,
       Segment segment,
       Ring inbox,
+      std::shared_ptr<const void> inboxOwner,
       Ring outbox,
       FileDescriptor socket,
       FileDescriptor doorbell);
@@ -60,6 +62,7 @@ class Mate {
  private:
   MateDescription description_;
   Segment segment_;
+  std::shared_ptr<const void> inboxOwner_;
   Ring inbox_;   // in our segment, the mate writes
   Ring outbox_;  // in the mate's segment, we write
   FileDescriptor socket_;

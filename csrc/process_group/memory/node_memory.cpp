@@ -47,17 +47,18 @@ std::atomic<uint32_t>& readerCount(const Segment& segment, uint64_t offset) {
 struct NodeMemory::Handshake {
   FileDescriptor socket;
   std::optional<OpenedMate> mate;  // after its hello
-  uint64_t ring = 0;
+  std::shared_ptr<const uint64_t> ring;
 };
 
 NodeMemory::NodeMemory(uint64_t process, const Config& config)
     : process_(process),
       crossMemory_(config.crossMemory),
+      rates_(measureCopyRates()),
       segment_(Segment::create(process, config.nodeMemoryBytes)),
       doorbell_(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       extents_(Segment::kHeaderBytes, config.nodeMemoryBytes) {
   AUTOMOE_CHECK(doorbell_.valid(), "eventfd: ", strerror(errno));
-  if (crossMemory_) {
+  if (readsDirectly()) {
     allowCrossMemoryReads();
   }
   address_ = concat("automoe-", std::hex, process);
@@ -66,12 +67,26 @@ NodeMemory::NodeMemory(uint64_t process, const Config& config)
 
 NodeMemory::~NodeMemory() = default;
 
-uint64_t NodeMemory::allocateRing() {
+bool NodeMemory::readsDirectly() const {
+  return crossMemory_ == CrossMemory::kAlways ||
+         (crossMemory_ == CrossMemory::kMeasured && rates_.preferCrossMemory());
+}
+
+std::shared_ptr<const uint64_t> NodeMemory::allocateRing() {
   const std::lock_guard lock(extentsMutex_);
   const auto offset = extents_.allocate(Ring::kHeaderBytes + kRingCapacity);
   AUTOMOE_CHECK(offset.has_value(), "node memory is full: no mailbox fits");
   std::memset(segment_.at(*offset, Ring::kHeaderBytes), 0, Ring::kHeaderBytes);
-  return *offset;
+  return {new uint64_t(*offset), [this](const uint64_t* ring) {
+            const std::lock_guard lock(extentsMutex_);
+            extents_.release(*ring);
+            delete ring;
+          }};
+}
+
+Ring NodeMemory::inbox(uint64_t ring) const {
+  return Ring(
+      segment_.at(ring, Ring::kHeaderBytes + kRingCapacity), kRingCapacity);
 }
 
 std::unique_ptr<Mate> NodeMemory::connect(
@@ -80,10 +95,10 @@ std::unique_ptr<Mate> NodeMemory::connect(
   if (!socket.valid()) {
     return nullptr;
   }
-  const uint64_t ring = allocateRing();
-  Hello hello = makeHello(process_, segment_, ring, kRingCapacity);
+  const auto ring = allocateRing();
+  Hello hello = makeHello(process_, segment_, *ring, kRingCapacity);
   sendHello(socket.get(), hello, segment_.fd(), doorbell_.get());
-  OpenedMate mate = receiveHello(socket.get(), crossMemory_);
+  OpenedMate mate = receiveHello(socket.get(), readsDirectly());
   if (mate.hello.process != process) {
     throw TransportError("another process answers at a node-mate's address");
   }
@@ -93,9 +108,7 @@ std::unique_ptr<Mate> NodeMemory::connect(
   hello.proofRead = mate.segment->header().proof;
   hello.readsDirectly = mate.readable ? 1 : 0;
   sendHello(socket.get(), hello, -1, -1);
-  Ring inbox(
-      segment_.at(ring, Ring::kHeaderBytes + kRingCapacity), kRingCapacity);
-  return mate.intoMate(inbox, std::move(socket));
+  return mate.intoMate(inbox(*ring), ring, std::move(socket));
 }
 
 std::vector<int> NodeMemory::descriptors() const {
@@ -137,9 +150,10 @@ std::unique_ptr<Mate> NodeMemory::handle(int fd) {
 std::unique_ptr<Mate> NodeMemory::finish(Handshake& handshake) {
   const int fd = handshake.socket.get();
   if (!handshake.mate.has_value()) {
-    handshake.mate = receiveHello(fd, crossMemory_);
+    handshake.mate = receiveHello(fd, readsDirectly());
     handshake.ring = allocateRing();
-    Hello answer = makeHello(process_, segment_, handshake.ring, kRingCapacity);
+    Hello answer =
+        makeHello(process_, segment_, *handshake.ring, kRingCapacity);
     answer.proofRead = handshake.mate->segment->header().proof;
     answer.readsDirectly = handshake.mate->readable ? 1 : 0;
     sendHello(fd, answer, segment_.fd(), doorbell_.get());
@@ -150,15 +164,16 @@ std::unique_ptr<Mate> NodeMemory::finish(Handshake& handshake) {
     throw TransportError("a node-mate could not read our memory");
   }
   handshake.mate->hello.readsDirectly = last.readsDirectly;
-  Ring inbox(
-      segment_.at(handshake.ring, Ring::kHeaderBytes + kRingCapacity),
-      kRingCapacity);
-  return handshake.mate->intoMate(inbox, std::move(handshake.socket));
+  return handshake.mate->intoMate(
+      inbox(*handshake.ring), handshake.ring, std::move(handshake.socket));
 }
 
 std::optional<NodeMemory::Extent> NodeMemory::allocate(
     size_t bytes, uint32_t readers) {
   const std::lock_guard lock(extentsMutex_);
+  if (bytes > segment_.bytes()) {
+    return std::nullopt;
+  }
   const auto offset = extents_.allocate(bytes + kExtentHeader);
   if (!offset.has_value()) {
     return std::nullopt;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "process_group/common/config.hpp"
+#include "process_group/memory/copy_rates.hpp"
 #include "process_group/memory/extent_allocator.hpp"
 #include "process_group/memory/mate.hpp"
 
@@ -70,15 +71,20 @@ class NodeMemory {
   void wokeUp() const;
 
   const Segment& segment() const { return segment_; }
+  const CopyRates& copyRates() const { return rates_; }
 
  private:
   struct Handshake;
 
   std::unique_ptr<Mate> finish(Handshake& handshake);
-  uint64_t allocateRing();
+  /// A mailbox in the own segment; free again when nobody holds it.
+  std::shared_ptr<const uint64_t> allocateRing();
+  Ring inbox(uint64_t ring) const;
+  bool readsDirectly() const;
 
   const uint64_t process_;
-  const bool crossMemory_;
+  const CrossMemory crossMemory_;
+  const CopyRates rates_;
   Segment segment_;
   FileDescriptor doorbell_;
   FileDescriptor listener_;

@@ -31,12 +31,12 @@ bool Ring::tryPush(
     std::span<const std::byte> first, std::span<const std::byte> second) {
   const uint64_t bytes = first.size() + second.size();
   AUTOMOE_CHECK(bytes <= maxMessage(), "message of ", bytes, " bytes");
-  uint64_t tail = header().tail.load(std::memory_order_relaxed);
+  uint64_t tail = tail_;
   const uint64_t toEnd = capacity_ - (tail & (capacity_ - 1));
   const uint64_t skipped = toEnd < slotBytes(bytes) ? toEnd : 0;
   const uint64_t head = header().head.load(std::memory_order_seq_cst);
-  if (tail + skipped + slotBytes(bytes) - head > capacity_) {
-    return false;
+  if (head > tail || tail + skipped + slotBytes(bytes) - head > capacity_) {
+    return false;  // full, or the reader's position makes no sense
   }
   if (skipped > 0) {
     std::memcpy(slot(tail), &kSkip, sizeof(kSkip));
@@ -51,12 +51,13 @@ bool Ring::tryPush(
   if (!second.empty()) {
     std::memcpy(to + kPrefixBytes + first.size(), second.data(), second.size());
   }
-  header().tail.store(tail + slotBytes(bytes), std::memory_order_seq_cst);
+  tail_ = tail + slotBytes(bytes);
+  header().tail.store(tail_, std::memory_order_seq_cst);
   return true;
 }
 
 std::optional<std::span<const std::byte>> Ring::front() {
-  uint64_t head = header().head.load(std::memory_order_relaxed);
+  uint64_t head = head_;
   const uint64_t tail = header().tail.load(std::memory_order_acquire);
   if (head == tail) {
     return std::nullopt;
@@ -66,7 +67,7 @@ std::optional<std::span<const std::byte>> Ring::front() {
       throw TransportError("a mailbox holds a message that makes no sense");
     }
   };
-  check(tail - head <= capacity_ && (tail - head) % 8 == 0 && head % 8 == 0);
+  check(tail - head <= capacity_ && (tail - head) % 8 == 0);
   uint32_t size;
   std::memcpy(&size, slot(head), sizeof(size));
   uint64_t skipped = 0;
@@ -83,8 +84,8 @@ std::optional<std::span<const std::byte>> Ring::front() {
 }
 
 void Ring::pop() {
-  const uint64_t head = header().head.load(std::memory_order_relaxed);
-  header().head.store(head + frontBytes_, std::memory_order_seq_cst);
+  head_ += frontBytes_;
+  header().head.store(head_, std::memory_order_seq_cst);
 }
 
 }  // namespace automoe

@@ -11,8 +11,9 @@
 namespace automoe {
 
 /// Messages of up to maxMessage() bytes in a ring of a power of two bytes.
-/// The writer runs in another process than the reader, so the reader checks
-/// every length it finds. Layout, starting at a cache line:
+/// Writer and reader run in different processes, each with a Ring of its own
+/// from the start; each trusts its own position only and checks what it finds.
+/// Layout, starting at a cache line:
 ///   head | tail | writerWaiting | bytes ...
 /// and per message: u32 size, padding to 8, the bytes, padding to 8.
 class Ring {
@@ -41,8 +42,7 @@ class Ring {
   std::optional<std::span<const std::byte>> front();
   void pop();
   bool empty() const {
-    return header().head.load(std::memory_order_relaxed) ==
-           header().tail.load(std::memory_order_seq_cst);
+    return head_ == header().tail.load(std::memory_order_seq_cst);
   }
   /// True once when the writer has asked for room.
   bool takeRoomRequest() {
@@ -65,6 +65,8 @@ class Ring {
 
   std::byte* memory_;
   size_t capacity_;
+  uint64_t head_ = 0;        // of the reader
+  uint64_t tail_ = 0;        // of the writer
   uint64_t frontBytes_ = 0;  // of the message that front() returned
 };
 
