@@ -14,7 +14,7 @@ class ProcessGroupAutoMoe(Backend):
         size: int,
         timeout: timedelta,
         name: str,
-        inner: Backend | None,
+        inner: Backend,
     ) -> None:
         """Collective over all ranks of the group.
 

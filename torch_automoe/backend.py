@@ -49,9 +49,7 @@ def _create(options: Any, pg_options: Any) -> _C.ProcessGroupAutoMoe:
         )
     extension = _loader.load()
     _at_exit(extension.shutdown)
-    inner = None
-    if options.group_size > 1:
-        inner = _make_inner(extension, options)
+    inner = _make_inner(extension, options)
     return extension.ProcessGroupAutoMoe(
         options.store,
         options.group_rank,

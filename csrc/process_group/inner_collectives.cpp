@@ -21,10 +21,12 @@ Backend& ProcessGroupAutoMoe::inner(
         tensor.device(),
         ", expected cpu: this version moves CPU tensors only");
   }
-  TORCH_CHECK(
+  TORCH_CHECK_VALUE(
       inner_ != nullptr,
       collective,
-      ": the group was made without an inner one");
+      ": group ",
+      group_->name(),
+      " has been destroyed on this rank");
   calls_ += 1;
   return *inner_;
 }

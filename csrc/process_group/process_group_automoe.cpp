@@ -327,6 +327,9 @@ void ProcessGroupAutoMoe::shutdown() {
   group_->leave(std::min<milliseconds>(options_->timeout, kDrain));
   if (inner_ != nullptr) {
     inner_->shutdown();
+    // Gloo's threads end with the last reference; at interpreter exit they
+    // would be too late.
+    inner_ = nullptr;
   }
 }
 
