@@ -6,19 +6,17 @@
 
 namespace automoe {
 
-/// Bytes per nanosecond (GB/s), of blocks of the size of one staged chunk.
+/// GB/s of the two ways in which a block comes to a node-mate.
 struct CopyRates {
-  double inCache = 0;      // memcpy between buffers that are in the cache
-  double crossMemory = 0;  // process_vm_readv; 0 where it is not allowed
+  double staged = 0;  // two copies, through a chunk that stays in the cache
+  double crossMemory = 0;  // one process_vm_readv; 0 where it is not allowed
 
-  /// A block comes to a mate by one cross-memory read, or by two copies
-  /// through a chunk of node memory that stays in the cache.
-  bool preferCrossMemory() const { return crossMemory > inCache / 2; }
+  bool preferCrossMemory() const { return crossMemory > staged; }
   std::string describe() const;
 };
 
-/// Takes well under a millisecond. Reads memory of this process itself, so it
-/// does not tell whether a mate may be read.
+/// Takes a few milliseconds. Reads memory of this process itself, so it does
+/// not tell whether a mate may be read.
 CopyRates measureCopyRates();
 
 }  // namespace automoe
