@@ -14,6 +14,9 @@ BIN := $(abspath $(VENV))/bin
 CORE := build/core
 export PYTHON TORCH
 export PATH := $(BIN):$(PATH)
+# For every target: other flags would compile everything anew.
+override CMAKE_ARGS := -DAUTOMOE_WERROR=ON $(CMAKE_ARGS)
+export CMAKE_ARGS
 
 # With folders, whose times change when a file comes or goes.
 SOURCES := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py \
@@ -32,8 +35,7 @@ $(VENV)/.made:
 
 $(VENV)/.installed: $(VENV)/.made $(SOURCES)
 	@echo "== building and installing torch_automoe"
-	@CMAKE_ARGS="-DAUTOMOE_WERROR=ON $${CMAKE_ARGS:-}" \
-	  $(BIN)/python -m pip install -q --disable-pip-version-check \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check \
 	  --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -61,14 +63,15 @@ test-all: build ip cpp-test ## run every test, the heavy matrices too
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: build ## check formatting, Python style, include levels and file sizes
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	@echo "clang-format of $(words $(CPP_FILES)) files"
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/check_layers.py
 	$(BIN)/python tools/check_sources.py
 
 format: build ## format all sources in place
-	$(BIN)/clang-format -i $(CPP_FILES)
+	@$(BIN)/clang-format -i $(CPP_FILES)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

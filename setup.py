@@ -35,7 +35,8 @@ def runtime_requirements() -> list[str]:
             ucx += ">=" + ".".join(version(ucx).split(".")[:2])
     except PackageNotFoundError:
         pass  # CMake then takes the system's UCX, or says what is missing.
-    return [f"torch=={TORCH_MINOR}.*", ucx]
+    # torch's object collectives, which checkpointing uses, need numpy.
+    return [f"torch=={TORCH_MINOR}.*", ucx, "numpy"]
 
 
 def find_tool(name: str) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ["csrc", "torch_automoe", "tests", "tools", "benchmarks", "examples"]
-SUFFIXES = {".py", ".pyi", ".hpp", ".cpp", ".cu", ".cuh", ".sh"}
+SUFFIXES = {".py", ".pyi", ".h", ".hpp", ".c", ".cpp", ".cu", ".cuh", ".sh"}
 GENERATED = {"_build.py"}
 MAX_LINES = 500
 LICENCE = "SPDX-License-Identifier: Apache-2.0"

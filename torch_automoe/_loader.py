@@ -48,8 +48,8 @@ def load() -> ModuleType:
     load_ucx()
     try:
         return importlib.import_module("torch_automoe._C")
-    except ModuleNotFoundError as error:
-        raise _not_built() from error
+    except ModuleNotFoundError:
+        raise _not_built() from None
 
 
 def build_record() -> ModuleType:
@@ -60,8 +60,8 @@ def build_record() -> ModuleType:
     """
     try:
         return importlib.import_module("torch_automoe._build")
-    except ModuleNotFoundError as error:
-        raise _not_built() from error
+    except ModuleNotFoundError:
+        raise _not_built() from None
 
 
 def _not_built() -> ImportError:
