@@ -160,6 +160,14 @@ void AllToAll::sourcePosted(
     throw TransportError(
         concat("rank ", record.source, " posted one operation twice"));
   }
+  if (record.carrier > Carrier::kLater ||
+      (record.carrier == Carrier::kNone) != (record.sendBytes == 0)) {
+    throw TransportError(concat(
+        "a block of ",
+        record.sendBytes,
+        " bytes by carrier ",
+        static_cast<int>(record.carrier)));
+  }
   state.posted = true;
   state.record = record;
   if (!posted_) {

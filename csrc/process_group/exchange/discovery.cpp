@@ -51,25 +51,20 @@ struct Introduction {
   }
 };
 
-/// Second round: where it has found itself to be.
-struct Placement {
-  int64_t label = 0;
-  std::string error;
-
-  std::string encode() const {
-    ByteWriter writer;
-    writer.put(label);
-    writer.putString(error);
-    return writer.take();
+/// What a rank says in a later round: its finding, or why it has none. The
+/// error of one rank is then every rank's, and nobody waits for its answer.
+template <typename Find>
+std::string finding(const Find& find) {
+  ByteWriter writer;
+  try {
+    const std::string found = find();
+    writer.putString("");
+    writer.putString(found);
+  } catch (const std::exception& error) {
+    writer.putString(error.what());
   }
-  static Placement decode(const std::string& bytes) {
-    ByteReader reader(bytes);
-    Placement it;
-    it.label = reader.get<int64_t>();
-    it.error = reader.getString();
-    return it;
-  }
-};
+  return writer.take();
+}
 
 std::string hostName() {
   char name[256] = "";
@@ -94,16 +89,16 @@ class Round {
  public:
   // A store may outlive a group and be used for its successor of the same
   // name; each rank counts its incarnations, so the counts agree.
-  Round(KeyValueStore& store, int rank, int size)
-      : store_(store), rank_(rank), size_(size) {
-    incarnation_ = store.add(concat("automoe/incarnation/", rank), 1);
+  Round(KeyValueStore& store, const std::string& name, int rank, int size)
+      : store_(store), prefix_("automoe/" + name), rank_(rank), size_(size) {
+    incarnation_ = store.add(concat(prefix_, "/incarnation/", rank), 1);
   }
 
   std::vector<std::string> exchange(
       const char* round, const std::string& value) {
     std::vector<std::string> keys;
     for (int rank = 0; rank < size_; ++rank) {
-      keys.push_back(concat("automoe/", incarnation_, "/", round, "/", rank));
+      keys.push_back(concat(prefix_, "/", incarnation_, "/", round, "/", rank));
     }
     store_.set(keys[static_cast<size_t>(rank_)], value);
     return store_.get(keys);
@@ -111,6 +106,7 @@ class Round {
 
  private:
   KeyValueStore& store_;
+  const std::string prefix_;
   int rank_;
   int size_;
   int64_t incarnation_;
@@ -171,33 +167,19 @@ int64_t findLabel(
   return label;
 }
 
-Placement place(
-    Engine& engine,
-    const std::vector<Introduction>& all,
-    int rank,
-    Clock::time_point deadline) {
-  Placement placement;
-  try {
-    checkVersions(all);
-    placement.label = findLabel(engine, all, rank, deadline);
-  } catch (const std::exception& error) {
-    placement.error = error.what();
-  }
-  return placement;
-}
-
-std::vector<int64_t> agreeOnLabels(
-    const std::vector<std::string>& placements, const std::string& name) {
-  std::vector<int64_t> labels;
-  for (size_t rank = 0; rank < placements.size(); ++rank) {
-    const Placement it = Placement::decode(placements[rank]);
-    if (!it.error.empty()) {
+std::vector<std::string> findings(
+    const std::vector<std::string>& said, const std::string& name) {
+  std::vector<std::string> found;
+  for (size_t rank = 0; rank < said.size(); ++rank) {
+    ByteReader reader(said[rank]);
+    const std::string error = reader.getString();
+    if (!error.empty()) {
       throw InvalidArgument(
-          concat("rank ", rank, " cannot join group ", name, ": ", it.error));
+          concat("rank ", rank, " cannot join group ", name, ": ", error));
     }
-    labels.push_back(it.label);
+    found.push_back(reader.getString());
   }
-  return labels;
+  return found;
 }
 
 Introduction introduce(const Engine& engine) {
@@ -232,17 +214,25 @@ std::shared_ptr<Group> joinGroup(
         .peers = {nullptr}});
   }
   const auto deadline = Clock::now() + timeout;
-  Round round(store, rank, size);
+  Round round(store, name, rank, size);
   std::vector<Introduction> all;
   for (const auto& it : round.exchange("introduction", self.encode())) {
     all.push_back(Introduction::decode(it));
   }
-  const Placement own = place(engine, all, rank, deadline);
-  Topology topology = Topology::fromNodeLabels(
-      agreeOnLabels(round.exchange("placement", own.encode()), name), rank);
+  const auto agree = [&](const char* what, const auto& find) {
+    return findings(round.exchange(what, finding(find)), name);
+  };
+  std::vector<int64_t> labels;
+  for (const auto& label : agree("placement", [&] {
+         checkVersions(all);
+         return std::to_string(findLabel(engine, all, rank, deadline));
+       })) {
+    labels.push_back(std::stoll(label));
+  }
+  Topology topology = Topology::fromNodeLabels(labels, rank);
   std::vector<std::string> addresses(static_cast<size_t>(size));
   if (topology.numNodes() > 1) {
-    addresses = round.exchange("network", engine.networkAddress());
+    addresses = agree("network", [&] { return engine.networkAddress(); });
   }
   std::vector<Peer*> peers(static_cast<size_t>(size), nullptr);
   for (int other = 0; other < size; ++other) {

@@ -463,9 +463,14 @@ void Engine::shutdown(milliseconds timeout) {
   }
   Lock lock(mutex_);
   const auto needed = [&] {
-    return std::any_of(groups.begin(), groups.end(), [](const auto& it) {
-      return !it->over();
-    });
+    const auto& mates = peers_.mates();
+    return std::any_of(
+               groups.begin(),
+               groups.end(),
+               [](const auto& it) { return !it->over(); }) ||
+           std::any_of(mates.begin(), mates.end(), [](const auto& it) {
+             return !it->flushed();
+           });
   };
   while (needed() && Clock::now() < deadline) {
     driverFree_.wait_for(lock, milliseconds(5));

@@ -89,7 +89,12 @@ std::shared_ptr<Operation> Group::allToAll(
       return posted;
     }
   }
-  posted->post(std::move(arguments), Operation::Clock::now() + timeout);
+  try {
+    posted->post(std::move(arguments), Operation::Clock::now() + timeout);
+  } catch (const Error& error) {
+    // Of what another rank had sent for it before.
+    fail(FailureKind::kTransport, error.what());
+  }
   engine_.kick();
   return posted;
 }
@@ -112,8 +117,8 @@ void Group::leave(std::chrono::milliseconds timeout) {
   if (leaving_) {
     return;
   }
-  for (const auto& it : pending) {
-    if (!it->finished()) {
+  for (const auto& [sequence, it] : operations_) {
+    if (it->posted()) {
       fail(
           FailureKind::kAborted,
           concat(
@@ -122,7 +127,7 @@ void Group::leave(std::chrono::milliseconds timeout) {
               " destroyed group ",
               name(),
               " while all_to_all number ",
-              it->sequence(),
+              sequence,
               " waited for ",
               it->waitsFor()));
       break;
