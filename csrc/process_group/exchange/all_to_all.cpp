@@ -292,7 +292,7 @@ void AllToAll::take(int rank, std::span<const std::byte> payload) {
       state.kept.clear();
       break;
     case Carrier::kExtent: {
-      const Segment& owner = group_.peer(record.owner).mate->segment();
+      const Segment& owner = group_.mate(record.owner).segment();
       std::memcpy(
           to.data, owner.at(record.place + record.offset, to.bytes), to.bytes);
       NodeMemory::doneReading(owner, record.place);
@@ -301,7 +301,7 @@ void AllToAll::take(int rank, std::span<const std::byte> payload) {
     case Carrier::kCrossMemory: {
       MateRead job;
       job.operation = shared_from_this();
-      job.mate = group_.peer(rank).mate;
+      job.mate = &group_.mate(rank);
       job.address = record.place;
       job.to = to.data;
       job.bytes = to.bytes;
@@ -356,7 +356,7 @@ void AllToAll::chunkArrived(
 }
 
 void AllToAll::chunkStaged(const Record& record) {
-  Mate& mate = *group_.peer(record.source).mate;
+  Mate& mate = group_.mate(record.source);
   const std::byte* data = mate.segment().at(record.place, record.bytes);
   chunkArrived(record, {data, record.bytes});
   NodeMemory::doneReading(mate.segment(), record.place);
@@ -370,7 +370,7 @@ void AllToAll::blockRead(const Record& record) {
     // here, so the tensor was there all the time.
     const Record answer = group_.makeRecord(
         RecordKind::kReadConfirmed, sequence(), record.source);
-    group_.peer(record.source).mate->post(asBytes(answer));
+    group_.mate(record.source).post(asBytes(answer));
   }
   if (state.reads) {
     state.reads = false;
@@ -380,6 +380,14 @@ void AllToAll::blockRead(const Record& record) {
 
 void AllToAll::readConfirmed(const Record& record) {
   received(record.source);
+}
+
+void AllToAll::releaseExtent(const Record& record) {
+  try {
+    NodeMemory::doneReading(group_.mate(record.owner).segment(), record.place);
+  } catch (const TransportError&) {
+    // It named no extent; that is what the group may be failing for.
+  }
 }
 
 void AllToAll::abandon() {
@@ -392,8 +400,7 @@ void AllToAll::abandon() {
     }
     if (state.posted && !state.received &&
         state.record.carrier == Carrier::kExtent) {
-      const Segment& owner = group_.peer(state.record.owner).mate->segment();
-      NodeMemory::doneReading(owner, state.record.place);
+      releaseExtent(state.record);
       state.received = true;
     }
   }

@@ -85,6 +85,7 @@ class AllToAll final : public Operation,
   void take(int source, std::span<const std::byte> payload);
   void sendMatched(int destination);
   void received(int source);
+  void releaseExtent(const Record& record);
   void stepDone();
   bool sizesAgree(int source);
 

@@ -36,6 +36,15 @@ Record Group::makeRecord(
   return record;
 }
 
+Mate& Group::mate(int rank) {
+  Peer* peer = membership_.peers[static_cast<size_t>(rank)];
+  if (peer == nullptr || peer->mate == nullptr ||
+      topology().nodeOf(rank) != topology().node()) {
+    throw TransportError(concat("rank ", rank, " is no node-mate"));
+  }
+  return *peer->mate;
+}
+
 // ---- the caller's side ----
 
 std::shared_ptr<Operation> Group::allToAll(
@@ -203,6 +212,10 @@ void Group::handle(
     return;
   }
   if (failed()) {
+    if (record.kind == RecordKind::kPosted && !byNetwork &&
+        record.carrier == Carrier::kExtent) {
+      NodeMemory::doneReading(mate(record.owner).segment(), record.place);
+    }
     return;
   }
   if (record.kind == RecordKind::kPosted && byNetwork) {

@@ -76,6 +76,9 @@ class Group {
 
   Engine& engine() { return engine_; }
   Peer& peer(int rank) { return *membership_.peers[static_cast<size_t>(rank)]; }
+  /// Throws TransportError for a rank that is not on this node (the number
+  /// may come from a peer).
+  Mate& mate(int rank);
   GroupCounters& mutableCounters() { return counters_; }
   Record makeRecord(RecordKind kind, uint64_t sequence, int destination) const;
   /// A message for this group. `fromMate` is null when it came by network.

@@ -65,7 +65,9 @@ NodeMemory::NodeMemory(uint64_t process, const Config& config)
   listener_ = listenAt(address_);
 }
 
-NodeMemory::~NodeMemory() = default;
+NodeMemory::~NodeMemory() {
+  handshakes_.clear();  // gives mailboxes back to extents_
+}
 
 bool NodeMemory::readsDirectly() const {
   return crossMemory_ == CrossMemory::kAlways ||

@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstring>
 #include <optional>
+#include <set>
 #include <vector>
 
 #include "process_group/common/error.hpp"
@@ -90,18 +91,22 @@ std::optional<std::string> sourceAddress(const std::string& host) {
 Interface chooseInterface(const Config& config) {
   const std::vector<Candidate> all = candidates();
   if (!config.interface.empty()) {
-    std::string names;
+    std::set<std::string> names;  // one interface may have several addresses
     for (const Candidate& it : all) {
       if (it.name == config.interface) {
         return {it.name, it.address, "AUTOMOE_INTERFACE names it"};
       }
-      names += " " + it.name;
+      names.insert(it.name);
+    }
+    std::string list;
+    for (const std::string& name : names) {
+      list += " " + name;
     }
     throw InvalidArgument(concat(
         "AUTOMOE_INTERFACE is '",
         config.interface,
         "', expected one that is up and has an address:",
-        names));
+        list));
   }
   if (!config.masterAddress.empty()) {
     const auto source = sourceAddress(config.masterAddress);
