@@ -20,9 +20,10 @@ c10::intrusive_ptr<ProcessGroupAutoMoe> create(
     int size,
     std::chrono::milliseconds timeout,
     const std::string& name,
+    const std::vector<int>& globalRanks,
     const c10::intrusive_ptr<c10d::Backend>& inner) {
   return c10::make_intrusive<ProcessGroupAutoMoe>(
-      store, rank, size, timeout, name, inner);
+      store, rank, size, timeout, name, globalRanks, inner);
 }
 
 py::dict describeTopology(const ProcessGroupAutoMoe& group) {
@@ -69,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("size"),
           py::arg("timeout"),
           py::arg("name"),
+          py::arg("global_ranks"),
           py::arg("inner"),
           py::call_guard<NoGil>())
       .def("topology", &describeTopology)

@@ -14,6 +14,7 @@ class ProcessGroupAutoMoe(Backend):
         size: int,
         timeout: timedelta,
         name: str,
+        global_ranks: list[int],
         inner: Backend,
     ) -> None:
         """Collective over all ranks of the group.

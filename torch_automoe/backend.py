@@ -56,6 +56,7 @@ def _create(options: Any, pg_options: Any) -> _C.ProcessGroupAutoMoe:
         options.group_size,
         options.timeout,
         options.group_id,
+        list(options.global_ranks_in_group),  # empty for the default group
         inner,
     )
 
@@ -63,8 +64,9 @@ def _create(options: Any, pg_options: Any) -> _C.ProcessGroupAutoMoe:
 def _make_inner(extension: Any, options: Any) -> dist.ProcessGroupGloo:
     """Make the Gloo group that runs the collectives other than all-to-all.
 
-    It connects two ranks at their first message, over the interface that our own
-    traffic takes, unless GLOO_SOCKET_IFNAME names another.
+    Over the interface that our own traffic takes, unless GLOO_SOCKET_IFNAME names
+    another. It connects all ranks now: with lazy connections Gloo waits without an
+    end for a rank that has died before the first message.
     """
     gloo = dist.ProcessGroupGloo
     made = gloo._Options()
@@ -73,8 +75,11 @@ def _make_inner(extension: Any, options: Any) -> dist.ProcessGroupGloo:
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if not interface:
         interface = extension.choose_interface()["name"]
-    made._devices = [gloo.create_device(interface=interface, lazy_init=True)]
-    store = dist.PrefixStore("automoe-inner", options.store)
+    made._devices = [gloo.create_device(interface=interface, lazy_init=False)]
+    # A store may outlive a group and serve its successor of the same name; each rank
+    # counts its incarnations, so the counts agree, and no old address is read.
+    incarnation = options.store.add(f"automoe-inner/{options.group_rank}", 1)
+    store = dist.PrefixStore(f"automoe-inner/{incarnation}", options.store)
     return gloo(store, options.group_rank, options.group_size, made)
 
 
@@ -157,3 +162,7 @@ def _backend_of(group: dist.ProcessGroup | None) -> _C.ProcessGroupAutoMoe:
     raise ValueError(
         f"the group's backend is {dist.get_backend(group)!r}, expected {BACKEND!r}"
     )
+
+
+# With TORCH_DEVICE_BACKEND_AUTOLOAD=0 an import of this module is enough.
+autoload()

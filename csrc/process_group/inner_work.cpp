@@ -17,14 +17,6 @@ constexpr auto kLook = milliseconds(200);
 // Gloo may see a broken connection before the engine has named the rank.
 constexpr auto kNaming = milliseconds(500);
 
-std::string textOf(const std::exception_ptr& error) {
-  try {
-    std::rethrow_exception(error);
-  } catch (const std::exception& it) {
-    return it.what();
-  }
-}
-
 }  // namespace
 
 InnerWork::InnerWork(
@@ -75,8 +67,11 @@ void InnerWork::throwNamed(std::exception_ptr error) {
   while (group_->failure() == nullptr && Clock::now() < until) {
     std::this_thread::sleep_for(milliseconds(10));
   }
-  group_->abort(textOf(error));
-  throwForTorch(group_->failure());
+  if (const auto failure = group_->failure()) {
+    throwForTorch(failure);
+  }
+  // Of its own: an argument that Gloo refuses, for example.
+  std::rethrow_exception(error);
 }
 
 bool InnerWork::isCompleted() {

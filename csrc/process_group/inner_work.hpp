@@ -12,7 +12,7 @@ namespace automoe {
 
 /// Gloo names nobody when a rank is gone, and a rank without a connection to
 /// it waits for Gloo's own timeout. The engine knows: a wait here ends with
-/// the group's failure, and a failure of Gloo becomes the group's.
+/// the group's failure.
 class InnerWork final : public c10d::Work {
  public:
   /// `polled`: wait() may be called again after it timed out (not so for

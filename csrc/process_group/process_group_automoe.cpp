@@ -30,7 +30,7 @@ std::shared_ptr<Engine>& engineSlot() {
 // In the child of a fork the engine's thread does not exist.
 void markForked() {
   if (engineSlot() != nullptr) {
-    engineSlot()->forked();
+    engineSlot()->markForked();
   }
   CompletionThread::instance().forked();
 }
@@ -166,6 +166,9 @@ void shutdownProcess(milliseconds timeout) {
   std::shared_ptr<Engine> engine;
   {
     const std::lock_guard lock(engineMutex);
+    if (engineSlot() != nullptr && engineSlot()->forked()) {
+      return;  // it belongs to the parent
+    }
     engine = std::exchange(engineSlot(), nullptr);
   }
   if (engine != nullptr) {
@@ -180,6 +183,7 @@ ProcessGroupAutoMoe::ProcessGroupAutoMoe(
     int size,
     milliseconds timeout,
     const std::string& name,
+    const std::vector<int>& globalRanks,
     c10::intrusive_ptr<c10d::Backend> inner)
     : Backend(rank, size),
       inner_(std::move(inner)),
@@ -188,7 +192,8 @@ ProcessGroupAutoMoe::ProcessGroupAutoMoe(
   TorchStore adapted(store, timeout);
   try {
     engine_ = processEngine();
-    group_ = joinGroup(*engine_, adapted, rank, size, name, timeout);
+    group_ =
+        joinGroup(*engine_, adapted, rank, size, name, timeout, globalRanks);
   } catch (const Error&) {
     rethrow();
   }
@@ -196,6 +201,11 @@ ProcessGroupAutoMoe::ProcessGroupAutoMoe(
 }
 
 ProcessGroupAutoMoe::~ProcessGroupAutoMoe() {
+  if (engine_->forked()) {
+    // Its threads exist in the parent only; a destructor would wait for them.
+    (void)inner_.release();
+    return;
+  }
   if (!left_) {
     try {
       group_->leave(milliseconds(0));

@@ -38,6 +38,7 @@ class ProcessGroupAutoMoe final : public c10d::Backend {
       int size,
       std::chrono::milliseconds timeout,
       const std::string& name,
+      const std::vector<int>& globalRanks,
       c10::intrusive_ptr<c10d::Backend> inner);
   ~ProcessGroupAutoMoe() override;
 

@@ -235,7 +235,9 @@ void CompletionThread::stop() {
 }
 
 void CompletionThread::forked() {
-  thread_.detach();
+  if (thread_.joinable()) {
+    thread_.detach();
+  }
 }
 
 }  // namespace automoe

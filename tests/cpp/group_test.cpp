@@ -69,6 +69,8 @@ TEST_P(GroupTest, RankThatLeftFailsTheOthersNextOperationByName) {
   const int last = ranks.size() - 1;
   ranks.run([&](int rank) {
     finish(ranks.engine(rank), post(ranks.group(rank), sizes));
+  });
+  ranks.run([&](int rank) {
     if (rank == last) {
       ranks.group(rank).leave(seconds(10));
       return;
@@ -270,6 +272,38 @@ TEST_F(RelayTest, PartsForAMateThatHasFailedAreFreed) {
     barrier();  // and the relay gets to collect
   }
   EXPECT_EQ(relayBytes(), before);
+}
+
+TEST(StagedMemoryTest, ChunksForAMateThatHasFailedAreFreed) {
+  std::vector<Posted> posted;
+  Ranks ranks(Shape{{2}, false});
+  const auto other = ranks.join("other");
+  const auto barrier = [&] {
+    ranks.run([&](int rank) {
+      Group& group = *other[static_cast<size_t>(rank)];
+      finish(ranks.engine(rank), post(group, equalSizes(2, 1)));
+    });
+  };
+  const auto held = [&] { return ranks.engine(0).counters().nodeMemoryBytes; };
+  Sizes sizes = equalSizes(2, 0);
+  sizes[0][1] = 1 << 20;
+  posted.push_back(post(ranks.group(1), sizes));
+  barrier();  // rank 0 has its record, so that it may send
+  const size_t before = held();
+  {
+    const std::lock_guard frozen(ranks.engine(1).mutex());
+    posted.push_back(post(ranks.group(0), sizes));
+    for (int i = 0; i < 20000 && held() == before; ++i) {
+      std::this_thread::sleep_for(milliseconds(1));
+    }
+    ASSERT_GT(held(), before);
+    ranks.group(1).fail(FailureKind::kAborted, "on purpose");
+  }
+  barrier();
+  for (int i = 0; i < 100 && held() > before; ++i) {
+    barrier();  // the sender gets to collect
+  }
+  EXPECT_EQ(held(), before);
 }
 
 TEST(GroupCyclesTest, JoiningAndLeavingManyTimesLeavesNothing) {

@@ -203,7 +203,8 @@ std::shared_ptr<Group> joinGroup(
     int rank,
     int size,
     const std::string& name,
-    std::chrono::milliseconds timeout) {
+    std::chrono::milliseconds timeout,
+    std::vector<int> globalRanks) {
   engine.checkUsable();
   const Introduction self = introduce(engine);
   if (size == 1) {
@@ -211,7 +212,8 @@ std::shared_ptr<Group> joinGroup(
         .id = groupId(name, self.nonce),
         .name = name,
         .topology = Topology::fromNodeLabels({0}, 0),
-        .peers = {nullptr}});
+        .peers = {nullptr},
+        .globalRanks = std::move(globalRanks)});
   }
   const auto deadline = Clock::now() + timeout;
   Round round(store, name, rank, size);
@@ -254,7 +256,8 @@ std::shared_ptr<Group> joinGroup(
       .id = groupId(name, all[0].nonce),
       .name = name,
       .topology = std::move(topology),
-      .peers = std::move(peers)});
+      .peers = std::move(peers),
+      .globalRanks = std::move(globalRanks)});
 }
 
 }  // namespace automoe

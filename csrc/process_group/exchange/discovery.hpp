@@ -5,6 +5,7 @@
 #include <chrono>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "process_group/common/store.hpp"
 #include "process_group/exchange/engine.hpp"
@@ -20,6 +21,8 @@ namespace automoe {
 /// the third brings network addresses; connections are made later, by the
 /// first message. A group of one rank touches no store.
 ///
+/// `globalRanks`, by group rank, are for error texts; empty: the same numbers.
+///
 /// Throws what the store throws at its timeout, and InvalidArgument when ranks
 /// disagree (protocol versions, AUTOMOE_NODE pins that cannot be); the same
 /// error on every rank.
@@ -29,6 +32,7 @@ std::shared_ptr<Group> joinGroup(
     int rank,
     int size,
     const std::string& name,
-    std::chrono::milliseconds timeout);
+    std::chrono::milliseconds timeout,
+    std::vector<int> globalRanks = {});
 
 }  // namespace automoe

@@ -61,12 +61,16 @@ Engine::~Engine() {
   }
 }
 
-void Engine::checkUsable() const {
-  if (forked_) {
+void Engine::checkForked() const {
+  if (forked()) {
     throw InvalidArgument(
         "this process was forked from one that had used the automoe backend; "
         "make the process group in the child, or start it by spawn");
   }
+}
+
+void Engine::checkUsable() const {
+  checkForked();
   if (shutDown_) {
     throw InvalidArgument("the automoe backend has been shut down");
   }
@@ -88,6 +92,7 @@ bool Engine::wait(const Operation& operation, Clock::time_point until) {
   if (operation.finished()) {
     return true;
   }
+  checkForked();
   const auto begin = Clock::now();
   Lock lock(mutex_);
   waiters_ += 1;

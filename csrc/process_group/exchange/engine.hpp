@@ -57,8 +57,10 @@ class Engine : private NetworkListener {
   /// Leaves every group, serves node-mates until they have left too or the
   /// deadline passes, closes connections, ends the thread. Idempotent.
   void shutdown(std::chrono::milliseconds timeout);
-  /// After fork(), in the child: every later use throws.
-  void forked() { forked_.store(true); }
+  /// After fork(), in the child, where neither the thread nor a consistent
+  /// state exists: every later use throws, and every farewell does nothing.
+  void markForked() { forked_.store(true); }
+  bool forked() const { return forked_.load(); }
 
   // For discovery.
 
@@ -80,6 +82,8 @@ class Engine : private NetworkListener {
   // For the exchange.
 
   std::mutex& mutex() { return mutex_; }
+  /// Throws in a forked child; does not need the lock.
+  void checkForked() const;
   /// Throws in a forked child and after shutdown().
   void checkUsable() const;
   NodeMemory& memory() { return memory_; }

@@ -77,6 +77,7 @@ std::shared_ptr<Operation> Group::allToAll(
   if (own.bytes > 0) {
     std::memmove(own.data, mine.data, own.bytes);
   }
+  engine_.checkForked();
   const std::lock_guard lock(engine_.mutex());
   engine_.checkUsable();
   if (leaving_) {
@@ -109,6 +110,9 @@ std::shared_ptr<Operation> Group::allToAll(
 }
 
 void Group::leave(std::chrono::milliseconds timeout) {
+  if (engine_.forked()) {
+    return;
+  }
   const auto until = Operation::Clock::now() + timeout;
   std::vector<std::shared_ptr<AllToAll>> pending;
   {
@@ -152,6 +156,9 @@ void Group::leave(std::chrono::milliseconds timeout) {
 }
 
 void Group::abort(const std::string& reason) {
+  if (engine_.forked()) {
+    return;
+  }
   const std::lock_guard lock(engine_.mutex());
   if (!leaving_) {
     fail(
@@ -167,6 +174,7 @@ void Group::abort(const std::string& reason) {
 }
 
 std::exception_ptr Group::failure() {
+  engine_.checkForked();
   const std::lock_guard lock(engine_.mutex());
   return failed() ? makeError("") : nullptr;
 }
@@ -212,10 +220,7 @@ void Group::handle(
     return;
   }
   if (failed()) {
-    if (record.kind == RecordKind::kPosted && !byNetwork &&
-        record.carrier == Carrier::kExtent) {
-      NodeMemory::doneReading(mate(record.owner).segment(), record.place);
-    }
+    releaseUnread(record, byNetwork);
     return;
   }
   if (record.kind == RecordKind::kPosted && byNetwork) {
@@ -246,6 +251,16 @@ void Group::handle(
       break;
     default:
       throw TransportError("a record of a kind that is not known");
+  }
+}
+
+void Group::releaseUnread(const Record& record, bool byNetwork) {
+  const bool relayed = record.kind == RecordKind::kPosted && !byNetwork &&
+                       record.carrier == Carrier::kExtent;
+  if (relayed || record.kind == RecordKind::kStaged) {
+    Mate& owner = mate(relayed ? record.owner : record.source);
+    NodeMemory::doneReading(owner.segment(), record.place);
+    owner.wake();
   }
 }
 
@@ -387,13 +402,16 @@ void Group::peerGone(const Peer& gone, const std::string& cause) {
       left_[index] = true;
       return;
     }
+    const auto& numbers = membership_.globalRanks;
+    const int globalRank = numbers.empty() ? rank : numbers[index];
     fail(
         FailureKind::kPeer,
         concat(
             "rank ",
-            rank,
-            " of group ",
-            name(),
+            globalRank,
+            globalRank == rank
+                ? std::string()
+                : concat(", which is rank ", rank, " of group ", name(), ","),
             " (",
             gone.host,
             " pid ",

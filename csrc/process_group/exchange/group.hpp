@@ -25,6 +25,8 @@ struct Membership {
   std::string name;
   Topology topology;
   std::vector<Peer*> peers;  // by group rank; null for the own rank
+  /// By group rank: its number in the whole job. Empty: the same.
+  std::vector<int> globalRanks = {};
 };
 
 struct GroupCounters {
@@ -97,6 +99,8 @@ class Group {
 
  private:
   std::shared_ptr<AllToAll> operation(uint64_t sequence);
+  /// Gives back node memory of a record that comes after the failure.
+  void releaseUnread(const Record& record, bool byNetwork);
   void handlePacket(const Record& record, std::span<const std::byte> payload);
   void handleFailed(
       const Record& record, std::span<const std::byte> payload, bool byNetwork);

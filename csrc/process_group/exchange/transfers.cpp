@@ -25,6 +25,11 @@ constexpr uint64_t kCopyPortion = 256 * 1024;
 constexpr size_t kSlots = 2;
 constexpr uint64_t kSlotBytes = 128 * 1024;
 
+// No group of the mate has failed since it posted, so its tensor is there.
+bool unchanged(const MateRead& job) {
+  return job.mate->segment().header().failures.load() == job.failures;
+}
+
 }  // namespace
 
 void Transfers::add(DirectSend job) {
@@ -111,7 +116,11 @@ bool Transfers::advanceReads() {
   } catch (const TransportError& error) {
     const MateRead ended = std::move(job);
     reads_.pop_front();
-    ended.failed(error.what());
+    if (unchanged(ended)) {
+      ended.failed(error.what());
+    } else {
+      ended.done(false);
+    }
     return true;
   }
   job.address += portion;
@@ -120,8 +129,7 @@ bool Transfers::advanceReads() {
   if (job.bytes == 0) {
     const MateRead ended = std::move(job);
     reads_.pop_front();
-    ended.done(
-        ended.mate->segment().header().failures.load() == ended.failures);
+    ended.done(unchanged(ended));
   }
   return true;
 }
