@@ -55,6 +55,7 @@ cpp-test: $(VENV)/.made
 	  -DAUTOMOE_BUILD_TORCH=OFF -DAUTOMOE_BUILD_TESTS=ON
 	cmake --build $(CORE)
 	timeout 900 $(CORE)/automoe_tests --gtest_brief=1
+	timeout 300 $(CORE)/kill_ranks --gtest_brief=1
 
 test: build ip cpp-test ## run the C++ tests and the Python tests that are not slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

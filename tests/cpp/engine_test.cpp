@@ -211,7 +211,7 @@ TEST(EngineTest, ShutdownEndsPendingOperations) {
           posted.push_back(post(ranks.group(1), equalSizes(2, bytes)));
           finish(ranks.engine(1), posted.back());
         },
-        TransportError);
+        Error);
   }
 }
 

@@ -307,18 +307,21 @@ void AllToAll::take(int rank, std::span<const std::byte> payload) {
       job.bytes = to.bytes;
       job.failures = record.failures;
       job.done = [this, rank](bool certain) {
-        Record answer =
-            group_.makeRecord(RecordKind::kReadDone, sequence(), rank);
-        answer.carrier = certain ? Carrier::kNone : Carrier::kLater;
-        group_.peer(rank).mate->post(asBytes(answer));
-        if (certain) {
-          received(rank);
+        if (!certain) {
+          askToConfirm(rank, "");
+          return;
         }
+        const Record answer =
+            group_.makeRecord(RecordKind::kReadDone, sequence(), rank);
+        group_.mate(rank).post(asBytes(answer));
+        received(rank);
       };
-      job.failed = [this, rank](const std::string& cause) {
-        group_.fail(
-            FailureKind::kPeer,
-            concat("the tensors of rank ", rank, " cannot be read: ", cause));
+      job.failed = [this, rank](bool certain, const std::string& cause) {
+        if (certain) {
+          group_.peerGone(group_.peer(rank), cause);
+        } else {
+          askToConfirm(rank, cause);
+        }
       };
       group_.engine().transfers().add(std::move(job));
       return;
@@ -378,8 +381,26 @@ void AllToAll::blockRead(const Record& record) {
   }
 }
 
+void AllToAll::askToConfirm(int rank, const std::string& readError) {
+  Source& state = source(rank);
+  state.unconfirmed = true;
+  state.readError = readError;
+  Record question = group_.makeRecord(RecordKind::kReadDone, sequence(), rank);
+  question.carrier = Carrier::kLater;
+  group_.mate(rank).post(asBytes(question));
+}
+
 void AllToAll::readConfirmed(const Record& record) {
-  received(record.source);
+  Source& state = source(record.source);
+  if (!state.unconfirmed) {
+    throw TransportError("a read was confirmed that nobody asked about");
+  }
+  state.unconfirmed = false;
+  if (state.readError.empty()) {
+    received(record.source);
+  } else {
+    group_.peerGone(group_.peer(record.source), state.readError);
+  }
 }
 
 void AllToAll::releaseExtent(const Record& record) {

@@ -63,6 +63,8 @@ class AllToAll final : public Operation,
     bool posted = false;
     bool received = false;        // its block is in the output
     bool waitsForMatch = false;   // our block leaves when its record is here
+    bool unconfirmed = false;     // read, but a group of its rank has failed
+    std::string readError;        // why that read was refused
     bool reads = false;           // it reads our block and will say so
     Record record;                // its kPosted, when posted
     std::string kept;             // an inline payload that came before our call
@@ -85,6 +87,7 @@ class AllToAll final : public Operation,
   void take(int source, std::span<const std::byte> payload);
   void sendMatched(int destination);
   void received(int source);
+  void askToConfirm(int source, const std::string& readError);
   void releaseExtent(const Record& record);
   void stepDone();
   bool sizesAgree(int source);

@@ -27,7 +27,6 @@ constexpr auto kHousekeeping = milliseconds(10);
 constexpr auto kGoodbyeGrace = milliseconds(200);
 // What has been sent leaves within this time, or its receiver is gone.
 constexpr auto kFlush = milliseconds(500);
-constexpr int kMessagesPerMailbox = 64;
 
 uint64_t randomId() {
   uint64_t id = 0;
@@ -107,8 +106,14 @@ bool Engine::wait(const Operation& operation, Clock::time_point until) {
     }
     driving_ = true;
     const bool worked = progress();
-    if (!worked && !operation.finished()) {
-      sleep(lock, until);
+    if (operation.finished()) {
+      // Nothing more to do here.
+    } else if (worked) {
+      // Others may post, or look at their operations, between two rounds.
+      lock.unlock();
+      lock.lock();
+    } else {
+      rest(lock, until);
     }
     driving_ = false;
     if (waiters_ > 1) {
@@ -145,7 +150,7 @@ void Engine::threadMain() {
     driving_ = true;
     const bool worked = progress();
     if (!worked && waiters_ == 0 && !stop_) {
-      sleep(lock, Clock::time_point::max());
+      rest(lock, Clock::time_point::max());
     }
     driving_ = false;
     if (waiters_ > 0) {
@@ -167,9 +172,10 @@ void Engine::kick() {
   }
 }
 
-bool Engine::progress() {
+template <typename Step>
+bool Engine::guarded(const Step& step) {
   try {
-    return moveEverything();
+    return step();
   } catch (const std::exception& error) {
     // Not of one message or one peer: those have been handled. What is left
     // (the network, the system) concerns every group.
@@ -179,6 +185,17 @@ bool Engine::progress() {
     });
     return true;
   }
+}
+
+bool Engine::progress() {
+  return guarded([this] { return moveEverything(); });
+}
+
+void Engine::rest(Lock& lock, Clock::time_point until) {
+  guarded([&] {
+    sleep(lock, until);
+    return true;
+  });
 }
 
 bool Engine::moveEverything() {
@@ -196,11 +213,14 @@ bool Engine::moveEverything() {
 
 void Engine::sleep(Lock& lock, Clock::time_point until) {
   memory_.prepareToSleep();
-  const auto& mates = peers_.mates();
-  const bool mail = std::any_of(mates.begin(), mates.end(), [](const auto& it) {
-    return !it->inbox().empty();
-  });
-  if (mail || (network_ != nullptr && !network_->arm())) {
+  // From here on mates ring. What they did before that is looked at once
+  // more: mail, room in their mailboxes, chunks that they have read.
+  bool more = transfers_.advance();
+  for (const auto& mate : peers_.mates()) {
+    more =
+        !mate->inbox().empty() || (!mate->flushed() && mate->flush()) || more;
+  }
+  if (more || (network_ != nullptr && !network_->arm())) {
     memory_.wokeUp();
     return;
   }
@@ -236,93 +256,6 @@ milliseconds Engine::sleepAtMost(Clock::time_point until) const {
     timeout = timeout.count() < 0 ? left : std::min(timeout, left);
   }
   return timeout;
-}
-
-// ---- mates and messages ----
-
-void Engine::watch(int fd) {
-  epoll_event event = {};
-  event.events = EPOLLIN;
-  event.data.fd = fd;
-  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0 &&
-      errno != EEXIST) {
-    throw TransportError(concat("epoll_ctl: ", strerror(errno)));
-  }
-}
-
-void Engine::handleEvent(int fd) {
-  if (fd == memory_.doorbell() ||
-      (network_ != nullptr && fd == network_->descriptor())) {
-    return;  // progress() looks anyway
-  }
-  if (Mate* mate = peers_.mateAt(fd)) {
-    mateGone(*mate, "its process has ended");
-    return;
-  }
-  std::unique_ptr<Mate> met = memory_.handle(fd);
-  if (met != nullptr) {
-    addMate(std::move(met));
-  }
-  for (int next : memory_.descriptors()) {
-    watch(next);
-  }
-}
-
-void Engine::addMate(std::unique_ptr<Mate> mate) {
-  watch(mate->socket());
-  peers_.addMate(std::move(mate));
-  driverFree_.notify_all();  // awaitMate()
-}
-
-void Engine::mateGone(Mate& mate, const std::string& cause) {
-  ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, mate.socket(), nullptr);
-  try {
-    // Its goodbye may still lie in the mailbox.
-    while (drain(mate)) {
-    }
-  } catch (const TransportError& error) {
-    log(LogLevel::kInfo, error.what());
-  }
-  const uint64_t process = mate.description().process;
-  peers_.mateGone(mate);
-  failPeer(process, cause);
-}
-
-bool Engine::drainMailboxes() {
-  bool worked = false;
-  // By index: what a message causes may add a mate, or take this one away.
-  for (size_t i = 0; i < peers_.mates().size(); ++i) {
-    Mate& mate = *peers_.mates()[i];
-    try {
-      worked = drain(mate) || worked;
-    } catch (const TransportError& error) {
-      mateGone(mate, error.what());
-    }
-  }
-  return worked;
-}
-
-bool Engine::drain(Mate& mate) {
-  int count = 0;
-  while (count < kMessagesPerMailbox) {
-    const auto message = mate.inbox().front();
-    if (!message.has_value()) {
-      break;
-    }
-    const size_t header = std::min(message->size(), sizeof(Record));
-    groups_.deliver(message->first(header), message->subspan(header), &mate);
-    mate.inbox().pop();
-    count += 1;
-  }
-  if (count > 0 && mate.inbox().takeRoomRequest()) {
-    mate.wake();
-  }
-  return count > 0;
-}
-
-void Engine::messageArrived(
-    std::span<const std::byte> header, std::span<const std::byte> payload) {
-  groups_.deliver(header, payload, nullptr);
 }
 
 // ---- failures ----
@@ -362,72 +295,6 @@ void Engine::housekeeping() {
   if (groups_.empty()) {
     peers_.forgetGone();
   }
-}
-
-// ---- discovery ----
-
-bool Engine::meet(
-    uint64_t process, const std::string& address, Clock::time_point deadline) {
-  const std::lock_guard meeting(meetMutex_);
-  {
-    const Lock lock(mutex_);
-    if (peers_.findMate(process) != nullptr) {
-      return true;
-    }
-  }
-  std::unique_ptr<Mate> mate = memory_.connect(process, address, deadline);
-  if (mate == nullptr) {
-    return false;
-  }
-  const Lock lock(mutex_);
-  addMate(std::move(mate));
-  kick();
-  return true;
-}
-
-bool Engine::awaitMate(uint64_t process, Clock::time_point deadline) {
-  Lock lock(mutex_);
-  while (peers_.findMate(process) == nullptr) {
-    if (Clock::now() > deadline) {
-      return false;
-    }
-    driverFree_.wait_for(lock, milliseconds(20));
-  }
-  return true;
-}
-
-std::string Engine::networkAddress() {
-  const Lock lock(mutex_);
-  if (network_ == nullptr) {
-    network_ = std::make_unique<Network>(
-        config_, static_cast<NetworkListener&>(*this));
-    transfers_.setNetwork(network_.get());
-    watch(network_->descriptor());
-    if (asleep_) {
-      memory_.ring();  // so that the next sleep arms it
-    }
-  }
-  return network_->address();
-}
-
-Peer* Engine::addPeer(
-    uint64_t process,
-    const std::string& host,
-    int64_t pid,
-    const std::string& networkAddress) {
-  const Lock lock(mutex_);
-  if (!networkAddress.empty() && network_ != nullptr) {
-    network_->addProcess(process, networkAddress);
-  }
-  return &peers_.add(process, host, pid);
-}
-
-std::shared_ptr<Group> Engine::addGroup(Membership membership) {
-  const Lock lock(mutex_);
-  checkUsable();
-  auto group = std::make_shared<Group>(*this, std::move(membership));
-  groups_.add(group);
-  return group;
 }
 
 // ---- the rest ----

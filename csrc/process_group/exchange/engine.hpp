@@ -97,10 +97,14 @@ class Engine : private NetworkListener {
   using Lock = std::unique_lock<std::mutex>;
 
   void threadMain();
+  /// Runs a step; an error of no single message or peer fails every group.
+  template <typename Step>
+  bool guarded(const Step& step);
   bool progress();
   bool moveEverything();
   bool drainMailboxes();
   bool drain(Mate& mate);
+  void rest(Lock& lock, Clock::time_point until);
   void sleep(Lock& lock, Clock::time_point until);
   std::chrono::milliseconds sleepAtMost(Clock::time_point until) const;
   void handleEvent(int fd);

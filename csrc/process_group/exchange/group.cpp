@@ -16,6 +16,13 @@ namespace {
 // Of a failure that is told to others; names of many ranks may be longer.
 constexpr size_t kTextBytes = 4 * 1024;
 
+// A timeout that means "never" must not overflow.
+Operation::Clock::time_point after(std::chrono::milliseconds timeout) {
+  constexpr auto kLongest = std::chrono::hours(24 * 365);
+  return Operation::Clock::now() +
+         std::min<std::chrono::milliseconds>(timeout, kLongest);
+}
+
 }  // namespace
 
 Group::Group(Engine& engine, Membership membership)
@@ -96,11 +103,12 @@ std::shared_ptr<Operation> Group::allToAll(
       fail(
           FailureKind::kPeer,
           concat("rank ", rank, " has left group ", name()));
+      engine_.kick();
       return posted;
     }
   }
   try {
-    posted->post(std::move(arguments), Operation::Clock::now() + timeout);
+    posted->post(std::move(arguments), after(timeout));
   } catch (const Error& error) {
     // Of what another rank had sent for it before.
     fail(FailureKind::kTransport, error.what());
@@ -113,7 +121,7 @@ void Group::leave(std::chrono::milliseconds timeout) {
   if (engine_.forked()) {
     return;
   }
-  const auto until = Operation::Clock::now() + timeout;
+  const auto until = after(timeout);
   std::vector<std::shared_ptr<AllToAll>> pending;
   {
     const std::lock_guard lock(engine_.mutex());
@@ -170,6 +178,7 @@ void Group::abort(const std::string& reason) {
             name(),
             ": ",
             reason));
+    engine_.kick();
   }
 }
 

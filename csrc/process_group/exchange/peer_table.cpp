@@ -40,10 +40,11 @@ Mate* PeerTable::findMate(uint64_t process) const {
   return found == mates_.end() ? nullptr : found->get();
 }
 
-Mate* PeerTable::mateAt(int socket) const {
+Mate* PeerTable::mateAt(int descriptor) const {
   const auto found =
-      std::find_if(mates_.begin(), mates_.end(), [socket](const auto& it) {
-        return it->socket() == socket;
+      std::find_if(mates_.begin(), mates_.end(), [descriptor](const auto& it) {
+        return it->socket() == descriptor ||
+               it->processDescriptor() == descriptor;
       });
   return found == mates_.end() ? nullptr : found->get();
 }

@@ -37,7 +37,7 @@ class PeerTable {
   void addMate(std::unique_ptr<Mate> mate);
   Mate* findMate(uint64_t process) const;
   /// The mate whose process has ended when this descriptor is readable.
-  Mate* mateAt(int socket) const;
+  Mate* mateAt(int descriptor) const;
   /// Takes a mate out. What it has put into node memory stays readable until
   /// forgetGone().
   void mateGone(const Mate& mate);

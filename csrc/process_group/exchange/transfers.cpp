@@ -116,11 +116,7 @@ bool Transfers::advanceReads() {
   } catch (const TransportError& error) {
     const MateRead ended = std::move(job);
     reads_.pop_front();
-    if (unchanged(ended)) {
-      ended.failed(error.what());
-    } else {
-      ended.done(false);
-    }
+    ended.failed(unchanged(ended), error.what());
     return true;
   }
   job.address += portion;

@@ -41,7 +41,8 @@ struct MateRead {
   /// Not `certain` when a group of the mate has failed since it posted: if it
   /// is this one, the tensor may have gone, and what was read be anything.
   std::function<void(bool certain)> done;
-  std::function<void(const std::string&)> failed;
+  /// The same for a read that the kernel refused.
+  std::function<void(bool certain, const std::string& cause)> failed;
 };
 
 /// A block for a node-mate that may not read our tensors.

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "process_group/memory/mate.hpp"
 
+#include <sys/syscall.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
@@ -10,6 +12,15 @@
 #include "process_group/common/error.hpp"
 
 namespace automoe {
+
+namespace {
+
+FileDescriptor openProcess(pid_t pid) {
+  return FileDescriptor(
+      pid > 0 ? static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)) : -1);
+}
+
+}  // namespace
 
 bool readProcessMemory(
     pid_t pid, uint64_t address, std::byte* to, size_t bytes) {
@@ -44,6 +55,7 @@ Mate::Mate(
       inbox_(inbox),
       outbox_(outbox),
       socket_(std::move(socket)),
+      processDescriptor_(openProcess(description.pid)),
       doorbell_(std::move(doorbell)) {}
 
 void Mate::post(

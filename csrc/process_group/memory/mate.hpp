@@ -41,6 +41,9 @@ class Mate {
   Ring& inbox() { return inbox_; }
   /// End-of-file on this socket means that the process is gone.
   int socket() const { return socket_.get(); }
+  /// Readable once the process has ended, even while children that it forked
+  /// still hold its end of the socket; -1 where the process cannot be seen.
+  int processDescriptor() const { return processDescriptor_.get(); }
   /// Most bytes of a record with its payload.
   size_t maxMessage() const { return outbox_.maxMessage(); }
 
@@ -66,6 +69,7 @@ class Mate {
   Ring inbox_;   // in our segment, the mate writes
   Ring outbox_;  // in the mate's segment, we write
   FileDescriptor socket_;
+  FileDescriptor processDescriptor_;
   FileDescriptor doorbell_;
   std::deque<std::string> waiting_;
 };

@@ -187,7 +187,7 @@ std::optional<NodeMemory::Extent> NodeMemory::allocate(
 }
 
 uint32_t NodeMemory::readers(const Segment& segment, uint64_t offset) {
-  return readerCount(segment, offset).load(std::memory_order_acquire);
+  return readerCount(segment, offset).load(std::memory_order_seq_cst);
 }
 
 void NodeMemory::addReader(const Segment& segment, uint64_t offset) {
@@ -195,7 +195,7 @@ void NodeMemory::addReader(const Segment& segment, uint64_t offset) {
 }
 
 void NodeMemory::doneReading(const Segment& segment, uint64_t offset) {
-  readerCount(segment, offset).fetch_sub(1, std::memory_order_acq_rel);
+  readerCount(segment, offset).fetch_sub(1, std::memory_order_seq_cst);
 }
 
 size_t NodeMemory::collect() {

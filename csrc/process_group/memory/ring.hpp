@@ -46,7 +46,7 @@ class Ring {
   }
   /// True once when the writer has asked for room.
   bool takeRoomRequest() {
-    return header().writerWaiting.load(std::memory_order_relaxed) != 0 &&
+    return header().writerWaiting.load(std::memory_order_seq_cst) != 0 &&
            header().writerWaiting.exchange(0) != 0;
   }
 
