@@ -156,14 +156,14 @@ def abort_group() -> tuple[str, str]:
     """One rank aborts a group that others wait in; returns what the wait said."""
     group = dist.new_group(backend="automoe")
     if dist.get_rank() == 0:
-        dist.recv(torch.empty(1), 1)
+        for rank in range(1, dist.get_world_size()):
+            dist.recv(torch.empty(1), rank)  # it has posted
         group._get_backend(_CPU).abort()
         error = _error_of(_post, 10, group)
     else:
         work, _, _ = _post(10, group)
         future = work.get_future()
-        if dist.get_rank() == 1:
-            dist.send(torch.ones(1), 0)
+        dist.send(torch.ones(1), 0)
         error = _error_of(work.wait)
         assert work.is_completed()
         assert not work.is_success()
