@@ -5,6 +5,7 @@
 
 #include <random>
 
+#include "buffers.hpp"
 #include "ranks.hpp"
 
 namespace automoe::testing {
@@ -13,76 +14,13 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::seconds;
 
-std::byte expectedByte(int source, int destination, uint64_t index, int round) {
-  return static_cast<std::byte>(
-      (static_cast<uint64_t>(source * 31 + destination * 7 + round * 13) +
-       index * 5 + (index >> 8)) &
-      0xff);
-}
-
-/// bytes[source][destination]
-using Sizes = std::vector<std::vector<uint64_t>>;
-
-/// One call of one rank: buffers, and what they must hold afterwards.
-class Call {
- public:
-  Call(const Sizes& sizes, int rank, int round)
-      : sizes_(sizes), rank_(rank), round_(round) {
-    const size_t size = sizes.size();
-    for (size_t peer = 0; peer < size; ++peer) {
-      inputs_.emplace_back(sizes[static_cast<size_t>(rank)][peer]);
-      outputs_.emplace_back(sizes[peer][static_cast<size_t>(rank)]);
-      for (size_t i = 0; i < inputs_[peer].size(); ++i) {
-        inputs_[peer][i] = expectedByte(rank, static_cast<int>(peer), i, round);
-      }
-    }
-  }
-  AllToAllArguments arguments() {
-    AllToAllArguments arguments;
-    for (size_t peer = 0; peer < inputs_.size(); ++peer) {
-      arguments.sends.push_back({inputs_[peer].data(), inputs_[peer].size()});
-      arguments.receives.push_back(
-          {outputs_[peer].data(), outputs_[peer].size()});
-    }
-    return arguments;
-  }
-  void check() const {
-    for (size_t peer = 0; peer < outputs_.size(); ++peer) {
-      for (size_t i = 0; i < outputs_[peer].size(); ++i) {
-        const auto expected =
-            expectedByte(static_cast<int>(peer), rank_, i, round_);
-        if (outputs_[peer][i] != expected) {
-          throw Error(concat(
-              "rank ", rank_, ": byte ", i, " from rank ", peer, " is wrong"));
-        }
-      }
-    }
-  }
-
- private:
-  const Sizes& sizes_;
-  int rank_;
-  int round_;
-  std::vector<std::vector<std::byte>> inputs_;
-  std::vector<std::vector<std::byte>> outputs_;
-};
-
-void finish(Engine& engine, const Operation& operation) {
-  if (!engine.wait(operation, Operation::Clock::now() + seconds(60))) {
-    throw Error("did not end within 60 s");
-  }
-  if (operation.error() != nullptr) {
-    std::rethrow_exception(operation.error());
-  }
-}
-
 void exchange(Ranks& ranks, const Sizes& sizes, int round) {
   ranks.run([&](int rank) {
-    Call call(sizes, rank, round);
+    Buffers call(sizes, rank, round);
     const auto operation =
         ranks.group(rank).allToAll(call.arguments(), seconds(20), {});
     finish(ranks.engine(rank), *operation);
-    call.check();
+    call.expectReceived();
   });
 }
 
@@ -130,16 +68,16 @@ TEST_P(AllToAllTest, ManyInFlight) {
   const auto size = static_cast<size_t>(ranks.size());
   const Sizes sizes(size, std::vector<uint64_t>(size, 300));
   ranks.run([&](int rank) {
-    std::vector<std::unique_ptr<Call>> calls;
+    std::vector<std::unique_ptr<Buffers>> calls;
     std::vector<std::shared_ptr<Operation>> operations;
     for (int i = 0; i < 1000; ++i) {
-      calls.push_back(std::make_unique<Call>(sizes, rank, i));
+      calls.push_back(std::make_unique<Buffers>(sizes, rank, i));
       operations.push_back(ranks.group(rank).allToAll(
           calls.back()->arguments(), seconds(60), {}));
     }
     for (size_t i = 0; i < calls.size(); ++i) {
       finish(ranks.engine(rank), *operations[i]);
-      calls[i]->check();
+      calls[i]->expectReceived();
     }
   });
 }
@@ -150,7 +88,7 @@ TEST_P(AllToAllTest, CompletesWithoutWait) {
   for (uint64_t bytes : {100, 100000}) {
     const Sizes sizes(size, std::vector<uint64_t>(size, bytes));
     ranks.run([&](int rank) {
-      Call call(sizes, rank, 0);
+      Buffers call(sizes, rank, 0);
       std::atomic<bool> released{false};
       OperationCallbacks callbacks;
       callbacks.released = [&] { released = true; };
@@ -160,7 +98,7 @@ TEST_P(AllToAllTest, CompletesWithoutWait) {
         std::this_thread::yield();
       }
       EXPECT_EQ(operation->error(), nullptr);
-      call.check();
+      call.expectReceived();
     });
   }
 }
@@ -176,12 +114,12 @@ TEST_P(AllToAllTest, DisagreementNamesBothRanksAndNumbers) {
     const size_t last = size - 1;
     wrong[0][last] = bytes + 16;  // rank 0 sends more than the last expects
     // After a failure sends may still be under way: the buffers outlive them.
-    std::vector<std::unique_ptr<Call>> calls(size);
+    std::vector<std::unique_ptr<Buffers>> calls(size);
     Ranks ranks(GetParam());
     ranks.run([&](int rank) {
       auto& kept = calls[static_cast<size_t>(rank)];
-      kept = std::make_unique<Call>(rank == 0 ? wrong : sizes, rank, 0);
-      Call& call = *kept;
+      kept = std::make_unique<Buffers>(rank == 0 ? wrong : sizes, rank, 0);
+      Buffers& call = *kept;
       std::string text;
       for (int use = 0; use < 2 && text.empty(); ++use) {
         try {
@@ -210,22 +148,22 @@ TEST_P(AllToAllTest, LateRankCostsItsPeersWaitingOnly) {
     if (rank == 0) {
       std::this_thread::sleep_for(milliseconds(300));
     }
-    std::vector<std::unique_ptr<Call>> calls;
+    std::vector<std::unique_ptr<Buffers>> calls;
     std::vector<std::shared_ptr<Operation>> operations;
     for (int i = 0; i < 20; ++i) {
-      calls.push_back(std::make_unique<Call>(sizes, rank, i));
+      calls.push_back(std::make_unique<Buffers>(sizes, rank, i));
       operations.push_back(ranks.group(rank).allToAll(
           calls.back()->arguments(), seconds(60), {}));
     }
     for (size_t i = 0; i < calls.size(); ++i) {
       finish(ranks.engine(rank), *operations[i]);
-      calls[i]->check();
+      calls[i]->expectReceived();
     }
   });
   // Everything that was kept for the late rank is free again.
   const uint64_t mailboxes = ranks.engine(0).counters().nodeMemoryBytes;
   ranks.run([&](int rank) {
-    Call call(sizes, rank, 0);
+    Buffers call(sizes, rank, 0);
     finish(
         ranks.engine(rank),
         *ranks.group(rank).allToAll(call.arguments(), seconds(20), {}));
@@ -239,7 +177,7 @@ TEST_P(AllToAllTest, DeadlineNamesWhoIsMissing) {
   }
   const auto size = static_cast<size_t>(GetParam().size());
   const Sizes sizes(size, std::vector<uint64_t>(size, 100));
-  std::vector<std::unique_ptr<Call>> calls(size);
+  std::vector<std::unique_ptr<Buffers>> calls(size);
   Ranks ranks(GetParam());
   exchange(ranks, sizes, 0);  // connects
   const int last = ranks.size() - 1;
@@ -248,8 +186,8 @@ TEST_P(AllToAllTest, DeadlineNamesWhoIsMissing) {
       return;
     }
     auto& kept = calls[static_cast<size_t>(rank)];
-    kept = std::make_unique<Call>(sizes, rank, 0);
-    Call& call = *kept;
+    kept = std::make_unique<Buffers>(sizes, rank, 0);
+    Buffers& call = *kept;
     const auto operation = ranks.group(rank).allToAll(
         call.arguments(), milliseconds(rank == 0 ? 200 : 20000), {});
     ranks.engine(rank).wait(*operation, Operation::Clock::now() + seconds(30));
@@ -273,16 +211,16 @@ TEST_P(AllToAllTest, TwoGroupsFromTwoThreadsInOppositeOrder) {
   ranks.run([&](int rank) {
     runThreads(2, [&](int thread) {
       for (int i = 0; i < 10; ++i) {
-        Call call(sizes, rank, thread);
+        Buffers call(sizes, rank, thread);
         Group& group = (thread + rank) % 2 == 0
                            ? ranks.group(rank)
                            : *other[static_cast<size_t>(rank)];
         // What a group carries must not depend on the thread.
-        Call same(sizes, rank, &group == &ranks.group(rank) ? 1 : 2);
+        Buffers same(sizes, rank, &group == &ranks.group(rank) ? 1 : 2);
         finish(
             ranks.engine(rank),
             *group.allToAll(same.arguments(), seconds(60), {}));
-        same.check();
+        same.expectReceived();
       }
     });
   });
