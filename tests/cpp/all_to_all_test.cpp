@@ -63,6 +63,57 @@ TEST_P(AllToAllTest, EverythingToOneRankAndOneSilent) {
   }
 }
 
+TEST_P(AllToAllTest, EqualRowsCrossOnce) {
+  Ranks ranks(GetParam());
+  const auto size = static_cast<size_t>(ranks.size());
+  constexpr size_t kRow = 512;
+  constexpr size_t kRows = 300;
+  // Row i of every block of a rank is the same, but for one block.
+  const auto value = [](size_t source, size_t target, size_t row) {
+    return static_cast<std::byte>(
+        source * 50 + row + (target == 0 && row % 5 == 0 ? 1000 : 0));
+  };
+  for (int round = 0; round < 3; ++round) {
+    ranks.run([&](int rank) {
+      std::vector<std::vector<std::byte>> inputs(size);
+      std::vector<std::vector<std::byte>> outputs(size);
+      AllToAllArguments arguments;
+      arguments.rowBytes = kRow;
+      for (size_t peer = 0; peer < size; ++peer) {
+        for (size_t row = 0; row < kRows; ++row) {
+          inputs[peer].insert(
+              inputs[peer].end(),
+              kRow,
+              value(static_cast<size_t>(rank), peer, row));
+        }
+        outputs[peer].resize(kRow * kRows);
+        arguments.sends.push_back({inputs[peer].data(), kRow * kRows});
+        arguments.receives.push_back({outputs[peer].data(), kRow * kRows});
+      }
+      if (rank == round) {
+        std::this_thread::sleep_for(milliseconds(20));  // late
+      }
+      const auto operation =
+          ranks.group(rank).allToAll(std::move(arguments), seconds(20), {});
+      finish(ranks.engine(rank), *operation);
+      for (size_t peer = 0; peer < size; ++peer) {
+        for (size_t i = 0; i < kRow * kRows; ++i) {
+          ASSERT_EQ(
+              outputs[peer][i],
+              value(peer, static_cast<size_t>(rank), i / kRow));
+        }
+      }
+    });
+  }
+  const Topology& topology = ranks.group(0).topology();
+  const GroupCounters counters = ranks.group(0).counters();
+  bool anyShared = false;
+  for (int node = 1; node < topology.numNodes(); ++node) {
+    anyShared = anyShared || topology.ranksOf(node).size() > 1;
+  }
+  EXPECT_EQ(counters.mergedCasts > 0, anyShared);
+}
+
 TEST_P(AllToAllTest, ManyInFlight) {
   Ranks ranks(GetParam());
   const auto size = static_cast<size_t>(ranks.size());

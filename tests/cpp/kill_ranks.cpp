@@ -18,6 +18,7 @@
 #include <sstream>
 
 #include "buffers.hpp"
+#include "moe_calls.hpp"
 #include "process_group/common/file_descriptor.hpp"
 
 namespace automoe::testing {
@@ -142,6 +143,7 @@ struct Case {
   int victim;
   Moment moment;
   uint64_t bytes;
+  bool moe = false;  // plans, dispatches and combines, not all_to_all
 };
 
 void PrintTo(const Case& it, std::ostream* out) {
@@ -206,6 +208,26 @@ std::string untilAFailure(
   return text.substr(0, text.find('\n'));
 }
 
+/// The same for rows to experts and back, of `bytes` each.
+std::string untilAMoeFailure(Engine& engine, Group& group, uint64_t bytes) {
+  const Routing routing = randomRouting(group.topology().size(), 16, 4, 100, 1);
+  const std::string text = errorOf<PeerFailedError>([&] {
+    while (true) {
+      const PlanResult* plan = new PlanResult(makePlan(engine, group, routing));
+      auto* call = new MoeCall(
+          routing, *plan, group.topology().rank(), bytes / sizeof(float));
+      finish(
+          engine, *group.dispatch(call->dispatchArguments(), seconds(60), {}));
+      finish(
+          engine,
+          *group.combine(call->combineArguments(true), seconds(60), {}));
+      delete call;
+      delete plan;
+    }
+  });
+  return text.substr(0, text.find('\n'));
+}
+
 void actAsRank(const Case& it, int rank, SharedStore& store, Line& parent) {
   Engine engine(configFor(it.shape, rank));
   const int size = it.shape.size();
@@ -214,7 +236,9 @@ void actAsRank(const Case& it, int rank, SharedStore& store, Line& parent) {
   finish(engine, post(*group, sizes));
   parent.say(engine.memoryAddress());
   if (it.moment == Moment::kAtWork) {
-    parent.say(untilAFailure(engine, *group, sizes, 1 << 30));
+    parent.say(
+        it.moe ? untilAMoeFailure(engine, *group, it.bytes)
+               : untilAFailure(engine, *group, sizes, 1 << 30));
   } else if (rank == it.victim) {
     ::pause();
   } else {
@@ -366,7 +390,11 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"AloneOnItsNode", {{2, 1}}, 2, Moment::kBeforeItsCall, 1000},
         Case{"AloneAtWork", {{2, 1}}, 2, Moment::kAtWork, 2000000},
         Case{"LastOfTheLarger", {{3, 1}}, 2, Moment::kBeforeItsCall, 20000},
-        Case{"NodesOfOne", {{1, 1, 1}}, 1, Moment::kAtWork, 100000}),
+        Case{"NodesOfOne", {{1, 1, 1}}, 1, Moment::kAtWork, 100000},
+        Case{"MoeOnOneNode", {{3}}, 1, Moment::kAtWork, 8000, true},
+        Case{"MoeAtWork", {{2, 2}}, 3, Moment::kAtWork, 8000, true},
+        Case{"SmallMoeAtWork", {{2, 2}}, 0, Moment::kAtWork, 100, true},
+        Case{"MoeOfUnevenNodes", {{1, 3}}, 2, Moment::kAtWork, 4000, true}),
     [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace

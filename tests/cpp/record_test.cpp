@@ -72,6 +72,9 @@ TEST(RecordTest, ComesBackAsItWas) {
   record.bytes = 7;
   record.place = 8;
   record.failures = 9;
+  record.plan = 10;
+  record.rows = 11;
+  record.operation = OperationKind::kCombine;
   const Record read = parseRecord(asBytes(record));
   EXPECT_EQ(std::memcmp(&read, &record, sizeof(Record)), 0);
 }

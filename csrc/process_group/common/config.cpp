@@ -27,6 +27,17 @@ LogLevel parseLogLevel(const std::string& text) {
       concat("AUTOMOE_LOG is '", text, "', expected debug, info or warn"));
 }
 
+bool parseSwitch(const char* name, bool byDefault) {
+  const std::string text = variable(name);
+  if (text.empty()) {
+    return byDefault;
+  }
+  if (text != "0" && text != "1") {
+    throw InvalidArgument(concat(name, " is '", text, "', expected 0 or 1"));
+  }
+  return text == "1";
+}
+
 }  // namespace
 
 Config Config::fromEnvironment() {
@@ -34,6 +45,7 @@ Config Config::fromEnvironment() {
   config.node = variable("AUTOMOE_NODE");
   config.interface = variable("AUTOMOE_INTERFACE");
   config.logLevel = parseLogLevel(variable("AUTOMOE_LOG"));
+  config.mergeRows = parseSwitch("AUTOMOE_MERGE_ROWS", true);
   config.masterAddress = variable("MASTER_ADDR");
   return config;
 }

@@ -28,6 +28,10 @@ struct Config {
   /// AUTOMOE_LOG: debug, info or warn (the default).
   LogLevel logLevel = LogLevel::kWarn;
 
+  /// AUTOMOE_MERGE_ROWS: 1 (the default) or 0. Whether equal rows of one
+  /// all_to_all cross the network to a node once.
+  bool mergeRows = true;
+
   /// MASTER_ADDR as torchrun sets it; only used to choose the interface.
   std::string masterAddress;
 

@@ -65,4 +65,40 @@ std::string findDisagreement(
   return text;
 }
 
+std::string findRowDisagreement(
+    const Record& theirs,
+    const Record& own,
+    const char* (*dtypeName)(uint8_t)) {
+  const bool ownFirst = own.source < theirs.source;
+  const Record& low = ownFirst ? own : theirs;
+  const Record& high = ownFirst ? theirs : own;
+  const auto differ =
+      [&](const std::string& what, const auto& lowHas, const auto& highHas) {
+        return concat(
+            "rank ",
+            low.source,
+            " has ",
+            what,
+            lowHas,
+            ", rank ",
+            high.source,
+            " has ",
+            highHas,
+            "; they must agree");
+      };
+  if (low.plan != high.plan) {
+    return differ("plan ", low.plan, high.plan);
+  }
+  if (low.dtype != high.dtype && dtypeName != nullptr) {
+    return differ("rows of ", dtypeName(low.dtype), dtypeName(high.dtype));
+  }
+  if (low.receiveBytes != high.receiveBytes) {
+    return differ("bytes in a row: ", low.receiveBytes, high.receiveBytes);
+  }
+  if (low.elementBytes != high.elementBytes) {
+    return differ("bytes in a weight: ", low.elementBytes, high.elementBytes);
+  }
+  return "";
+}
+
 }  // namespace automoe

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "process_group/exchange/record.hpp"
+
 namespace automoe {
 
 /// One side of a pair, as it has posted.
@@ -23,5 +25,10 @@ std::string findDisagreement(
     const PostedSide& own,
     uint32_t elementBytes,
     const char* (*dtypeName)(uint8_t));
+
+/// The same for two ranks' records of one dispatch or combine: plan, bytes of a
+/// row, bytes of a weight, dtype.
+std::string findRowDisagreement(
+    const Record& theirs, const Record& own, const char* (*dtypeName)(uint8_t));
 
 }  // namespace automoe

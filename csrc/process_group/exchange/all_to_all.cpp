@@ -19,16 +19,14 @@ constexpr uint64_t kInlineBytes = 8 * 1024;
 }  // namespace
 
 AllToAll::AllToAll(Group& group, uint64_t sequence)
-    : Operation(sequence, Clock::time_point::max()),
-      group_(group),
+    : Collective(group, sequence, OperationKind::kAllToAll),
       sources_(static_cast<size_t>(group.topology().size())),
       rides_(static_cast<size_t>(group.topology().numNodes())) {}
 
 AllToAll::~AllToAll() = default;
 
 Record AllToAll::postedRecord(int destination) const {
-  Record record =
-      group_.makeRecord(RecordKind::kPosted, sequence(), destination);
+  Record record = makeRecord(RecordKind::kPosted, destination);
   const auto index = static_cast<size_t>(destination);
   record.dtype = arguments_.dtype;
   record.elementBytes = arguments_.elementBytes;
@@ -39,8 +37,7 @@ Record AllToAll::postedRecord(int destination) const {
 
 void AllToAll::post(AllToAllArguments arguments, Clock::time_point deadline) {
   arguments_ = std::move(arguments);
-  setDeadline(deadline);
-  posted_ = true;
+  openSteps(deadline);
   const Topology& topology = group_.topology();
   // Nothing is sent when a record that is already here does not agree.
   for (int rank = 0; rank < topology.size(); ++rank) {
@@ -48,9 +45,7 @@ void AllToAll::post(AllToAllArguments arguments, Clock::time_point deadline) {
       return;
     }
   }
-  // One step for each block to receive, and one that keeps the operation
-  // open until everything has been posted.
-  pending_ = static_cast<uint64_t>(topology.size() - 1) + 1;
+  addSteps(static_cast<uint64_t>(topology.size() - 1));  // blocks to receive
   for (int rank : topology.ranksOf(topology.node())) {
     if (rank != topology.rank()) {
       postToMate(rank);
@@ -58,6 +53,9 @@ void AllToAll::post(AllToAllArguments arguments, Clock::time_point deadline) {
   }
   for (int i = 1; i < topology.numNodes(); ++i) {
     postToNode((topology.node() + i) % topology.numNodes());
+  }
+  for (int node = 0; node < topology.numNodes(); ++node) {
+    mergeRows(node);
   }
   for (int rank = 0; rank < topology.size() && !finished(); ++rank) {
     if (source(rank).posted) {
@@ -90,12 +88,12 @@ void AllToAll::postToMate(int destination) {
     record.carrier = Carrier::kCrossMemory;
     record.place = reinterpret_cast<uint64_t>(data);
     state.reads = true;
-    pending_ += 1;
+    addSteps(1);
     group_.mutableCounters().readBlocks += 1;
   } else {
     record.carrier = Carrier::kLater;
     state.waitsForMatch = true;
-    pending_ += 1;
+    addSteps(1);
     group_.mutableCounters().stagedBlocks += 1;
   }
   record.bytes = payload.size();
@@ -130,27 +128,16 @@ void AllToAll::postToNode(int node) {
     }
     counters.packets += 1;
   } else {
+    rides_[static_cast<size_t>(node)].large = total > 0;
     for (int rank : ranks) {
       const bool any = arguments_.sends[static_cast<size_t>(rank)].bytes > 0;
       source(rank).waitsForMatch = any;
-      pending_ += any ? 1 : 0;
+      addSteps(any ? 1 : 0);
       counters.directBlocks += any ? 1 : 0;
     }
   }
   Record record = postedRecord(railPeer);
-  std::string bytes = encodePacket(packet);
-  record.bytes = bytes.size();
-  pending_ += 1;
-  group_.engine().network().send(
-      group_.peer(railPeer).process,
-      asBytes(record),
-      {},
-      [self = shared_from_this()](bool ok) {
-        if (ok && !self->finished()) {
-          self->stepDone();
-        }
-      },
-      std::move(bytes));
+  sendRecord(railPeer, record, encodePacket(packet));
 }
 
 void AllToAll::sourcePosted(
@@ -170,7 +157,7 @@ void AllToAll::sourcePosted(
   }
   state.posted = true;
   state.record = record;
-  if (!posted_) {
+  if (!posted()) {
     state.kept.assign(
         reinterpret_cast<const char*>(payload.data()), payload.size());
     return;
@@ -201,13 +188,7 @@ bool AllToAll::sizesAgree(int rank) {
   }
   group_.fail(
       FailureKind::kMismatch,
-      concat(
-          "all_to_all number ",
-          sequence(),
-          " of group ",
-          group_.name(),
-          ": ",
-          text));
+      concat(title(), " of group ", group_.name(), ": ", text));
   return false;
 }
 
@@ -234,7 +215,12 @@ void AllToAll::ridesMatched(int rank) {
   const int node = topology.nodeOf(rank);
   NodeRide& ride = rides_[static_cast<size_t>(node)];
   ride.unmatchedRanks -= 1;
-  if (ride.unmatchedRanks == 0) {
+  if (ride.unmatchedRanks > 0) {
+    return;
+  }
+  if (ride.merged.has_value()) {
+    sendMerged(node);
+  } else {
     group_.peer(topology.railPeer(node)).budget.matched(ride.bytes);
   }
 }
@@ -242,38 +228,22 @@ void AllToAll::ridesMatched(int rank) {
 void AllToAll::sendMatched(int destination) {
   const auto& send = arguments_.sends[static_cast<size_t>(destination)];
   const Topology& topology = group_.topology();
-  auto self = shared_from_this();
-  Engine& engine = group_.engine();
-  const auto done = [this] { stepDone(); };
-  Peer& peer = group_.peer(destination);
-  if (peer.mate != nullptr && topology.nodeOf(destination) == topology.node()) {
+  Transfers& transfers = group_.engine().transfers();
+  if (topology.nodeOf(destination) == topology.node()) {
     StagedSend job;
-    job.operation = self;
-    job.mate = peer.mate;
-    job.record =
-        group_.makeRecord(RecordKind::kStaged, sequence(), destination);
+    job.operation = shared_from_this();
+    job.mates = {group_.peer(destination).mate};
+    job.record = makeRecord(RecordKind::kStaged, destination);
     job.data = send.data;
     job.bytes = send.bytes;
-    job.done = done;
-    engine.transfers().add(std::move(job));
+    job.done = [this] { stepDone(); };
+    transfers.add(std::move(job));
     return;
   }
-  const int nodes = topology.numNodes();
-  const int node = topology.nodeOf(destination);
-  const auto perNode = static_cast<int>(topology.ranksOf(node).size());
-  const int hop = (node - topology.node() + nodes) % nodes;
-  const int rail = (topology.localRankOf(destination) -
-                    topology.localRank() % perNode + perNode) %
-                   perNode;
-  DirectSend job;
-  job.operation = self;
-  job.process = peer.process;
-  job.record = group_.makeRecord(RecordKind::kPayload, sequence(), destination);
+  DirectSend job = directSend(destination);
   job.data = send.data;
   job.bytes = send.bytes;
-  job.order = {sequence(), hop * topology.size() + rail};
-  job.done = done;
-  engine.transfers().add(std::move(job));
+  transfers.add(std::move(job));
 }
 
 void AllToAll::take(int rank, std::span<const std::byte> payload) {
@@ -311,8 +281,7 @@ void AllToAll::take(int rank, std::span<const std::byte> payload) {
           askToConfirm(rank, "");
           return;
         }
-        const Record answer =
-            group_.makeRecord(RecordKind::kReadDone, sequence(), rank);
+        const Record answer = makeRecord(RecordKind::kReadDone, rank);
         group_.mate(rank).post(asBytes(answer));
         received(rank);
       };
@@ -340,7 +309,7 @@ void AllToAll::chunkArrived(
   Source& state = source(record.source);
   const auto& to = arguments_.receives[static_cast<size_t>(record.source)];
   // The source had our record before it sent, so our call has been made.
-  if (!posted_ || payload.size() != record.bytes || record.offset > to.bytes ||
+  if (!posted() || payload.size() != record.bytes || record.offset > to.bytes ||
       record.bytes > to.bytes - record.offset) {
     throw TransportError(concat(
         "a chunk of ",
@@ -371,8 +340,7 @@ void AllToAll::blockRead(const Record& record) {
   if (record.carrier == Carrier::kLater) {
     // Some group of ours failed meanwhile; not this one, or we would not be
     // here, so the tensor was there all the time.
-    const Record answer = group_.makeRecord(
-        RecordKind::kReadConfirmed, sequence(), record.source);
+    const Record answer = makeRecord(RecordKind::kReadConfirmed, record.source);
     group_.mate(record.source).post(asBytes(answer));
   }
   if (state.reads) {
@@ -385,7 +353,7 @@ void AllToAll::askToConfirm(int rank, const std::string& readError) {
   Source& state = source(rank);
   state.unconfirmed = true;
   state.readError = readError;
-  Record question = group_.makeRecord(RecordKind::kReadDone, sequence(), rank);
+  Record question = makeRecord(RecordKind::kReadDone, rank);
   question.carrier = Carrier::kLater;
   group_.mate(rank).post(asBytes(question));
 }
@@ -400,14 +368,6 @@ void AllToAll::readConfirmed(const Record& record) {
     received(record.source);
   } else {
     group_.peerGone(group_.peer(record.source), state.readError);
-  }
-}
-
-void AllToAll::releaseExtent(const Record& record) {
-  try {
-    NodeMemory::doneReading(group_.mate(record.owner).segment(), record.place);
-  } catch (const TransportError&) {
-    // It named no extent; that is what the group may be failing for.
   }
 }
 
@@ -427,7 +387,7 @@ void AllToAll::abandon() {
   }
   for (int node = 0; node < topology.numNodes(); ++node) {
     NodeRide& ride = rides_[static_cast<size_t>(node)];
-    if (ride.unmatchedRanks > 0) {
+    if (ride.unmatchedRanks > 0 && ride.bytes > 0) {
       group_.peer(topology.railPeer(node)).budget.matched(ride.bytes);
       ride.unmatchedRanks = 0;
     }
@@ -442,14 +402,6 @@ void AllToAll::received(int rank) {
   }
 }
 
-void AllToAll::stepDone() {
-  pending_ -= 1;
-  if (pending_ == 0) {
-    group_.operationEnded(sequence());
-    finish(nullptr);
-  }
-}
-
 std::string AllToAll::waitsFor() const {
   std::string records;
   std::string blocks;
@@ -461,7 +413,7 @@ std::string AllToAll::waitsFor() const {
     }
     if (!state.posted) {
       records += concat(records.empty() ? "" : ", ", i);
-    } else if (posted_ && !state.received) {
+    } else if (posted() && !state.received) {
       blocks += concat(
           blocks.empty() ? "" : ", ",
           i,

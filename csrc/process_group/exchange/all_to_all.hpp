@@ -4,16 +4,15 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
-#include "process_group/exchange/operation.hpp"
-#include "process_group/exchange/record.hpp"
+#include "process_group/exchange/collective.hpp"
+#include "process_group/exchange/unique_rows.hpp"
 
 namespace automoe {
-
-class Group;
 
 /// One block to and one from every rank of the group, in rank order. The
 /// memory must stay until OperationCallbacks::released.
@@ -27,33 +26,35 @@ struct AllToAllArguments {
   uint8_t dtype = 0;            // must agree between sender and receiver
   uint32_t elementBytes = 1;
   /// Names a dtype in error texts.
+  /// Of what may be the same in several blocks; 0: no rows.
+  uint64_t rowBytes = 0;
   const char* (*dtypeName)(uint8_t) = nullptr;
 };
 
-/// Exists from the first record of any rank or from the call, whichever comes
-/// first. Steps and bytes: one record to each node-mate and one packet to each
+/// Steps and bytes: one record to each node-mate and one packet to each
 /// other node; every byte is copied once into its output (twice where it rides
 /// inside a packet: into node memory first).
-class AllToAll final : public Operation,
-                       public std::enable_shared_from_this<AllToAll> {
+class AllToAll final : public Collective {
  public:
   AllToAll(Group& group, uint64_t sequence);
   ~AllToAll() override;
 
   /// This rank's own call. The block to itself has been copied already.
   void post(AllToAllArguments arguments, Clock::time_point deadline);
-  bool posted() const { return posted_; }
-  /// A kPosted record for this rank. `payload` holds what the carrier says.
-  void sourcePosted(const Record& record, std::span<const std::byte> payload);
-  bool hasPosted(int source) const {
+
+  bool hasPosted(int source) const override {
     return sources_[static_cast<size_t>(source)].posted;
   }
-  void chunkArrived(const Record& record, std::span<const std::byte> payload);
-  void chunkStaged(const Record& record);
-  void blockRead(const Record& record);
-  void readConfirmed(const Record& record);
-  /// Gives back what it holds of others, when the group has failed.
-  void abandon();
+  void sourcePosted(
+      const Record& record, std::span<const std::byte> payload) override;
+  void chunkArrived(
+      const Record& record, std::span<const std::byte> payload) override;
+  void chunkStaged(const Record& record) override;
+  void castArrived(
+      const Record& record, std::span<const std::byte> payload) override;
+  void blockRead(const Record& record) override;
+  void readConfirmed(const Record& record) override;
+  void abandon() override;
 
   std::string waitsFor() const override;
 
@@ -72,10 +73,14 @@ class AllToAll final : public Operation,
     bool ridesUnmatched = false;  // counted in its node's NodeRide
     size_t rode = 0;              // bytes of ours that rode to it unmatched
   };
-  /// Bytes that rode to one other node, until its ranks have posted.
+  /// What goes to one other node as one: bytes that rode with the record, or
+  /// large blocks whose equal rows are merged, once its ranks have posted.
   struct NodeRide {
     size_t bytes = 0;
     int unmatchedRanks = 0;
+    bool large = false;
+    std::optional<UniqueRows> merged;
+    size_t nextChunk = 0;
   };
 
   Source& source(int rank) { return sources_[static_cast<size_t>(rank)]; }
@@ -83,22 +88,19 @@ class AllToAll final : public Operation,
   void postToMate(int destination);
   void postToNode(int node);
   void ridesMatched(int source);
+  void mergeRows(int node);
+  void sendMerged(int node);
+  void takeMerged(const Record& record, std::span<const std::byte> chunk);
   void settle(int source);
   void take(int source, std::span<const std::byte> payload);
   void sendMatched(int destination);
   void received(int source);
   void askToConfirm(int source, const std::string& readError);
-  void releaseExtent(const Record& record);
-  void stepDone();
   bool sizesAgree(int source);
 
-  Group& group_;
-  bool posted_ = false;
   AllToAllArguments arguments_;
   std::vector<Source> sources_;
   std::vector<NodeRide> rides_;
-  /// Blocks not received, blocks not sent, messages that have not left.
-  uint64_t pending_ = 0;
 };
 
 }  // namespace automoe

@@ -7,8 +7,10 @@
 
 #include "process_group/common/error.hpp"
 #include "process_group/common/log.hpp"
+#include "process_group/exchange/combine.hpp"
+#include "process_group/exchange/dispatch.hpp"
 #include "process_group/exchange/engine.hpp"
-#include "process_group/exchange/relay.hpp"
+#include "process_group/exchange/plan_exchange.hpp"
 
 namespace automoe {
 namespace {
@@ -84,6 +86,93 @@ std::shared_ptr<Operation> Group::allToAll(
   if (own.bytes > 0) {
     std::memmove(own.data, mine.data, own.bytes);
   }
+  return post(
+      OperationKind::kAllToAll,
+      timeout,
+      std::move(callbacks),
+      [&](Collective& it, Operation::Clock::time_point deadline) {
+        static_cast<AllToAll&>(it).post(std::move(arguments), deadline);
+      });
+}
+
+std::shared_ptr<Operation> Group::plan(
+    std::shared_ptr<RouteBuilder> builder,
+    std::chrono::milliseconds timeout,
+    OperationCallbacks callbacks) {
+  return post(
+      OperationKind::kPlan,
+      timeout,
+      std::move(callbacks),
+      [&](Collective& it, Operation::Clock::time_point deadline) {
+        static_cast<PlanExchange&>(it).post(std::move(builder), deadline);
+      });
+}
+
+std::shared_ptr<Operation> Group::dispatch(
+    DispatchArguments arguments,
+    std::chrono::milliseconds timeout,
+    OperationCallbacks callbacks) {
+  const Route route(arguments.route);
+  checkRoute(route);
+  clearPadding(arguments);
+  moveOwnRows(route, arguments);
+  return post(
+      OperationKind::kDispatch,
+      timeout,
+      std::move(callbacks),
+      [&](Collective& it, Operation::Clock::time_point deadline) {
+        static_cast<Dispatch&>(it).post(std::move(arguments), route, deadline);
+      });
+}
+
+std::shared_ptr<Operation> Group::combine(
+    CombineArguments arguments,
+    std::chrono::milliseconds timeout,
+    OperationCallbacks callbacks) {
+  const Route route(arguments.route);
+  checkRoute(route);
+  return post(
+      OperationKind::kCombine,
+      timeout,
+      std::move(callbacks),
+      [&](Collective& it, Operation::Clock::time_point deadline) {
+        static_cast<Combine&>(it).post(std::move(arguments), route, deadline);
+      });
+}
+
+void Group::checkRoute(const Route& route) const {
+  const Topology& own = topology();
+  const auto nodes = route.nodeOfRank();
+  bool same = route.rank() == own.rank() && route.size() == own.size() &&
+              route.numNodes() == own.numNodes();
+  for (int rank = 0; same && rank < own.size(); ++rank) {
+    same = nodes[static_cast<size_t>(rank)] == own.nodeOf(rank);
+  }
+  if (!same) {
+    throw InvalidArgument(concat(
+        "plan: it was made for rank ",
+        route.rank(),
+        " of ",
+        route.size(),
+        " on ",
+        route.numNodes(),
+        " nodes, but this is rank ",
+        own.rank(),
+        " of ",
+        own.size(),
+        " on ",
+        own.numNodes(),
+        " in group ",
+        name(),
+        "; use a plan with the group that made it"));
+  }
+}
+
+std::shared_ptr<Operation> Group::post(
+    OperationKind kind,
+    std::chrono::milliseconds timeout,
+    OperationCallbacks callbacks,
+    const Start& start) {
   engine_.checkForked();
   const std::lock_guard lock(engine_.mutex());
   engine_.checkUsable();
@@ -95,10 +184,17 @@ std::shared_ptr<Operation> Group::allToAll(
     std::rethrow_exception(makeError(""));
   }
   const uint64_t sequence = nextSequence_++;
-  const auto posted = operation(sequence);
-  posted->setCallbacks(std::move(callbacks));
+  auto posted = operation(sequence, kind, topology().rank());
   counters_.operations += 1;
-  for (size_t rank = 0; rank < size; ++rank) {
+  if (posted == nullptr) {  // the group has failed
+    posted = make(sequence, kind, topology().rank());
+    posted->setCallbacks(std::move(callbacks));
+    posted->finish(makeError(""));
+    engine_.kick();
+    return posted;
+  }
+  posted->setCallbacks(std::move(callbacks));
+  for (size_t rank = 0; rank < left_.size(); ++rank) {
     if (left_[rank] && sequence >= leftAt_[rank]) {
       fail(
           FailureKind::kPeer,
@@ -108,7 +204,7 @@ std::shared_ptr<Operation> Group::allToAll(
     }
   }
   try {
-    posted->post(std::move(arguments), after(timeout));
+    start(*posted, after(timeout));
   } catch (const Error& error) {
     // Of what another rank had sent for it before.
     fail(FailureKind::kTransport, error.what());
@@ -122,7 +218,7 @@ void Group::leave(std::chrono::milliseconds timeout) {
     return;
   }
   const auto until = after(timeout);
-  std::vector<std::shared_ptr<AllToAll>> pending;
+  std::vector<std::shared_ptr<Collective>> pending;
   {
     const std::lock_guard lock(engine_.mutex());
     for (const auto& [sequence, it] : operations_) {
@@ -147,8 +243,8 @@ void Group::leave(std::chrono::milliseconds timeout) {
               topology().rank(),
               " destroyed group ",
               name(),
-              " while all_to_all number ",
-              sequence,
+              " while ",
+              it->title(),
               " waited for ",
               it->waitsFor()));
       break;
@@ -182,6 +278,12 @@ void Group::abort(const std::string& reason) {
   }
 }
 
+void Group::failArgument(const std::string& text) {
+  const std::lock_guard lock(engine_.mutex());
+  fail(FailureKind::kMismatch, text);
+  engine_.kick();
+}
+
 std::exception_ptr Group::failure() {
   engine_.checkForked();
   const std::lock_guard lock(engine_.mutex());
@@ -191,111 +293,6 @@ std::exception_ptr Group::failure() {
 GroupCounters Group::counters() {
   const std::lock_guard lock(engine_.mutex());
   return counters_;
-}
-
-// ---- what arrives ----
-
-std::shared_ptr<AllToAll> Group::operation(uint64_t sequence) {
-  std::shared_ptr<AllToAll>& it = operations_[sequence];
-  if (it == nullptr) {
-    it = std::make_shared<AllToAll>(*this, sequence);
-  }
-  return it;
-}
-
-void Group::operationEnded(uint64_t sequence) {
-  operations_.erase(sequence);
-}
-
-void Group::handle(
-    const Record& record,
-    std::span<const std::byte> payload,
-    const Mate* fromMate) {
-  const auto inGroup = [&](int rank) {
-    return rank >= 0 && rank < topology().size();
-  };
-  if (!inGroup(record.source) || record.source == topology().rank() ||
-      !inGroup(record.owner)) {
-    throw TransportError(
-        concat("a record of rank ", record.source, " came to group ", name()));
-  }
-  const bool byNetwork = fromMate == nullptr;
-  if (record.kind == RecordKind::kLeaving) {
-    handleLeaving(record, byNetwork);
-    return;
-  }
-  if (record.kind == RecordKind::kFailed) {
-    handleFailed(record, payload, byNetwork);
-    return;
-  }
-  if (failed()) {
-    releaseUnread(record, byNetwork);
-    return;
-  }
-  if (record.kind == RecordKind::kPosted && byNetwork) {
-    handlePacket(record, payload);
-    return;
-  }
-  if (record.sequence < nextSequence_ &&
-      operations_.find(record.sequence) == operations_.end()) {
-    throw TransportError(concat(
-        "a record for all_to_all number ", record.sequence, " that is over"));
-  }
-  const auto it = operation(record.sequence);
-  switch (record.kind) {
-    case RecordKind::kPosted:
-      it->sourcePosted(record, payload);
-      break;
-    case RecordKind::kPayload:
-      it->chunkArrived(record, payload);
-      break;
-    case RecordKind::kStaged:
-      it->chunkStaged(record);
-      break;
-    case RecordKind::kReadDone:
-      it->blockRead(record);
-      break;
-    case RecordKind::kReadConfirmed:
-      it->readConfirmed(record);
-      break;
-    default:
-      throw TransportError("a record of a kind that is not known");
-  }
-}
-
-void Group::releaseUnread(const Record& record, bool byNetwork) {
-  const bool relayed = record.kind == RecordKind::kPosted && !byNetwork &&
-                       record.carrier == Carrier::kExtent;
-  if (relayed || record.kind == RecordKind::kStaged) {
-    Mate& owner = mate(relayed ? record.owner : record.source);
-    NodeMemory::doneReading(owner.segment(), record.place);
-    owner.wake();
-  }
-}
-
-void Group::handlePacket(
-    const Record& record, std::span<const std::byte> payload) {
-  const Packet packet = decodePacket(payload, topology().localSize());
-  counters_.relayedPackets += packet.hasBlocks() ? 1 : 0;
-  std::vector<Mate*> mates;
-  for (int rank : topology().ranksOf(topology().node())) {
-    const bool self = rank == topology().rank();
-    mates.push_back(self ? nullptr : peer(rank).mate);
-  }
-  relayPacket(record, packet, topology(), mates, engine_.memory());
-  const auto local = static_cast<size_t>(topology().localRank());
-  Record own = record;
-  own.destination = topology().rank();
-  own.sendBytes = packet.sizes[local].sendBytes;
-  own.receiveBytes = packet.sizes[local].receiveBytes;
-  own.carrier = own.sendBytes == 0   ? Carrier::kNone
-                : packet.hasBlocks() ? Carrier::kInline
-                                     : Carrier::kLater;
-  std::span<const std::byte> block;
-  if (packet.hasBlocks()) {
-    block = packet.blocks[local];
-  }
-  operation(record.sequence)->sourcePosted(own, block);
 }
 
 // ---- the end of a group ----
@@ -314,8 +311,8 @@ void Group::fail(FailureKind kind, const std::string& text, bool tellOthers) {
   for (const auto& [sequence, it] : operations) {
     it->abandon();
     if (it->posted()) {
-      it->finish(makeError(concat(
-          "all_to_all number ", sequence, " waited for ", it->waitsFor())));
+      it->finish(
+          makeError(concat(it->title(), " waited for ", it->waitsFor())));
     } else {
       it->finish(failure_);
     }
@@ -438,8 +435,8 @@ void Group::checkDeadlines(Operation::Clock::time_point now) {
           concat(
               "rank ",
               topology().rank(),
-              " timed out in all_to_all number ",
-              sequence,
+              " timed out in ",
+              it->title(),
               " of group ",
               name(),
               ", waiting for ",

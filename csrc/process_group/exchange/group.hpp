@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -11,13 +12,17 @@
 #include <vector>
 
 #include "process_group/exchange/all_to_all.hpp"
+#include "process_group/exchange/combine_arguments.hpp"
 #include "process_group/exchange/peer_table.hpp"
 #include "process_group/exchange/record.hpp"
+#include "process_group/exchange/row_moves.hpp"
 #include "process_group/topology/topology.hpp"
 
 namespace automoe {
 
 class Engine;
+class Route;
+class RouteBuilder;
 
 /// What the ranks of a new group have found out about each other.
 struct Membership {
@@ -37,6 +42,9 @@ struct GroupCounters {
   uint64_t readBlocks = 0;      // blocks that mates read from our tensor
   uint64_t stagedBlocks = 0;    // blocks staged through node memory
   uint64_t relayedPackets = 0;  // packets received for this node
+  uint64_t castsStreamed = 0;   // casts to a node that left in chunks
+  uint64_t mergedCasts = 0;     // to a node, of blocks with equal rows
+  uint64_t mergedBytes = 0;     // of rows that did not cross again
   uint64_t networkPayloadBytes = 0;  // bytes of blocks sent to other nodes
 };
 
@@ -64,6 +72,25 @@ class Group {
       AllToAllArguments arguments,
       std::chrono::milliseconds timeout,
       OperationCallbacks callbacks);
+  /// The same for the lists of a plan. The builder is complete when the
+  /// operation has succeeded, and must not be used before.
+  std::shared_ptr<Operation> plan(
+      std::shared_ptr<RouteBuilder> builder,
+      std::chrono::milliseconds timeout,
+      OperationCallbacks callbacks);
+  /// The same for rows to their experts, and back. InvalidArgument for a
+  /// route of another group.
+  std::shared_ptr<Operation> dispatch(
+      DispatchArguments arguments,
+      std::chrono::milliseconds timeout,
+      OperationCallbacks callbacks);
+  std::shared_ptr<Operation> combine(
+      CombineArguments arguments,
+      std::chrono::milliseconds timeout,
+      OperationCallbacks callbacks);
+  /// Fails the group for an argument that only this rank can check, so that
+  /// every rank raises the same text.
+  void failArgument(const std::string& text);
   /// Waits for the posted operations up to `timeout` (then they fail), says
   /// goodbye, and leaves. The engine goes on relaying for node-mates until
   /// they have left too. Idempotent.
@@ -98,10 +125,32 @@ class Group {
   bool failed() const { return failure_ != nullptr; }
 
  private:
-  std::shared_ptr<AllToAll> operation(uint64_t sequence);
+  using Start =
+      std::function<void(Collective&, Operation::Clock::time_point deadline)>;
+
+  std::shared_ptr<Operation> post(
+      OperationKind kind,
+      std::chrono::milliseconds timeout,
+      OperationCallbacks callbacks,
+      const Start& start);
+  void checkRoute(const Route& route) const;
+  /// The operation of that number, made if need be. Null, and the group
+  /// failed, when `rank` calls another collective than the others.
+  std::shared_ptr<Collective> operation(
+      uint64_t sequence, OperationKind kind, int rank);
+  std::shared_ptr<Collective> make(
+      uint64_t sequence, OperationKind kind, int rank);
+  void handleLate(
+      const Record& record, std::span<const std::byte> payload, bool byNetwork);
+  void handleCollective(
+      const Record& record, std::span<const std::byte> payload, bool byNetwork);
   /// Gives back node memory of a record that comes after the failure.
   void releaseUnread(const Record& record, bool byNetwork);
-  void handlePacket(const Record& record, std::span<const std::byte> payload);
+  void handlePacket(
+      Collective& to, const Record& record, std::span<const std::byte> payload);
+  void handleCast(
+      Collective& to, const Record& record, std::span<const std::byte> payload);
+  std::vector<Mate*> mates() const;
   void handleFailed(
       const Record& record, std::span<const std::byte> payload, bool byNetwork);
   void handleLeaving(const Record& record, bool byNetwork);
@@ -112,7 +161,7 @@ class Group {
   Engine& engine_;
   const Membership membership_;
   uint64_t nextSequence_ = 0;
-  std::map<uint64_t, std::shared_ptr<AllToAll>> operations_;
+  std::map<uint64_t, std::shared_ptr<Collective>> operations_;
   std::vector<bool> left_;
   std::vector<uint64_t> leftAt_;  // first operation it will not post
   bool leaving_ = false;

@@ -8,6 +8,20 @@
 
 namespace automoe {
 
+const char* nameOf(OperationKind kind) {
+  switch (kind) {
+    case OperationKind::kAllToAll:
+      return "all_to_all";
+    case OperationKind::kPlan:
+      return "plan";
+    case OperationKind::kDispatch:
+      return "dispatch";
+    case OperationKind::kCombine:
+      return "combine";
+  }
+  return "?";
+}
+
 Record parseRecord(std::span<const std::byte> message) {
   Record record;
   if (message.size() < sizeof(Record)) {

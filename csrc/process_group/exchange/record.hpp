@@ -18,7 +18,19 @@ enum class RecordKind : uint8_t {
   kReadConfirmed = 7,  // "and it was there while you read it"
   kFailed = 5,         // the group is over; the payload says why
   kLeaving = 6,        // "I use this group no more"
+  kCast = 8,           // a chunk for every rank of a node
 };
+
+/// Which collective a record belongs to.
+enum class OperationKind : uint8_t {
+  kAllToAll = 1,
+  kPlan = 2,
+  kDispatch = 3,
+  kCombine = 4,
+};
+
+/// "all_to_all", "plan", ...; "?" for a number that is no kind.
+const char* nameOf(OperationKind kind);
 
 /// How the payload of a kPosted record travels.
 enum class Carrier : uint8_t {
@@ -29,11 +41,12 @@ enum class Carrier : uint8_t {
   kLater = 4,        // in kPayload or kStaged records, once matched
 };
 
-/// 88 bytes, little-endian. `group` is also the token against stray traffic
+/// 104 bytes, little-endian. `group` is also the token against stray traffic
 /// and old jobs: a hash of the group's name and a nonce of this incarnation.
+/// What says "block" below is a row in a dispatch or combine.
 struct Record {
   static constexpr uint32_t kMagic = 0x656f6d61;  // "amoe"
-  static constexpr uint8_t kVersion = 1;
+  static constexpr uint8_t kVersion = 2;
 
   uint32_t magic = kMagic;
   uint8_t version = kVersion;
@@ -42,18 +55,23 @@ struct Record {
   uint8_t dtype = 0;
   uint64_t group = 0;
   uint64_t sequence = 0;
-  int32_t source = 0;       // group rank
-  int32_t destination = 0;  // group rank
-  int32_t owner = 0;        // of the extent
-  uint32_t elementBytes = 1;
+  int32_t source = 0;         // group rank
+  int32_t destination = 0;    // group rank
+  int32_t owner = 0;          // of the extent
+  uint32_t elementBytes = 1;  // of an element; dispatch: of a weight
   uint64_t sendBytes = 0;     // from source to destination, in all
-  uint64_t receiveBytes = 0;  // what the source expects from the destination
+  uint64_t receiveBytes = 0;  // what the source expects from the destination;
+                              // dispatch, combine: bytes of a row
   uint64_t offset = 0;        // of this chunk in its block, or in the extent
   uint64_t bytes = 0;         // of this chunk
   uint64_t place = 0;         // offset of the extent, or address to read
   uint64_t failures = 0;      // SegmentHeader::failures of the source
+  uint64_t plan = 0;          // fingerprint of the plan that is used
+  uint32_t rows = 0;          // of this chunk, from row `offset` on
+  OperationKind operation = OperationKind::kAllToAll;
+  uint8_t reserved[3] = {};
 };
-static_assert(sizeof(Record) == 88);
+static_assert(sizeof(Record) == 104);
 
 inline std::span<const std::byte> asBytes(const Record& record) {
   return std::as_bytes(std::span(&record, 1));

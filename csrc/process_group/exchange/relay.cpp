@@ -70,4 +70,26 @@ void relayPacket(
   }
 }
 
+void relayCast(
+    const Record& record,
+    std::span<const std::byte> payload,
+    int ownRank,
+    const std::vector<Mate*>& mates,
+    NodeMemory& memory) {
+  Record part = record;
+  if (payload.size() > kInlinePart && !mates.empty()) {
+    const auto extent =
+        memory.allocate(payload.size(), static_cast<uint32_t>(mates.size()));
+    AUTOMOE_CHECK(extent.has_value(), "node memory is full");
+    std::memcpy(extent->data, payload.data(), payload.size());
+    part.carrier = Carrier::kExtent;
+    part.owner = ownRank;
+    part.place = extent->offset;
+    payload = {};
+  }
+  for (Mate* mate : mates) {
+    mate->post(asBytes(part), payload);
+  }
+}
+
 }  // namespace automoe

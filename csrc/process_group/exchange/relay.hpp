@@ -2,6 +2,7 @@
 // What a rail peer does with a packet for its node.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "process_group/exchange/record.hpp"
@@ -18,6 +19,16 @@ void relayPacket(
     const Record& record,
     const Packet& packet,
     const Topology& topology,
+    const std::vector<Mate*>& mates,
+    NodeMemory& memory);
+
+/// Posts to every node-mate (none is null) a record that is for the whole node
+/// and its payload: with the record where it is small, else in one extent that
+/// the last reader frees.
+void relayCast(
+    const Record& record,
+    std::span<const std::byte> payload,
+    int ownRank,
     const std::vector<Mate*>& mates,
     NodeMemory& memory);
 

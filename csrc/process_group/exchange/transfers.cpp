@@ -23,7 +23,11 @@ constexpr uint64_t kCopyPortion = 256 * 1024;
 // Staged chunks of a block: one is filled while the other is read, and both
 // are small enough to stay in the cache between the two copies.
 constexpr size_t kSlots = 2;
-constexpr uint64_t kSlotBytes = 128 * 1024;
+
+size_t slotBytesOf(const StagedSend& job) {
+  return std::max<size_t>(
+      std::min<uint64_t>(job.bytes, job.slotBytes), job.largestChunk);
+}
 
 // No group of the mate has failed since it posted, so its tensor is there.
 bool unchanged(const MateRead& job) {
@@ -69,12 +73,13 @@ bool Transfers::advanceDirects() {
       it = directs_.erase(it);
       continue;
     }
-    while (job->sent < job->bytes && job->underWay < kChunksPerBlock) {
-      sendChunk(job);
+    while (job->sent < job->bytes && job->underWay < kChunksPerBlock &&
+           sendChunk(job)) {
       worked = true;
     }
     it = job->sent == job->bytes ? directs_.erase(it) : std::next(it);
-    active += 1;
+    // One that has nothing to send yet does not take the turn of others.
+    active += job->underWay > 0 ? 1 : 0;
     if (active == kActiveBlocks) {
       break;
     }
@@ -82,16 +87,28 @@ bool Transfers::advanceDirects() {
   return worked;
 }
 
-void Transfers::sendChunk(const std::shared_ptr<Direct>& job) {
+bool Transfers::sendChunk(const std::shared_ptr<Direct>& job) {
   Record record = job->record;
-  record.offset = job->sent;
-  record.bytes = std::min<uint64_t>(chunkBytes_, job->bytes - job->sent);
-  const std::byte* data = job->data + job->sent;
+  std::span<const std::byte> data;
+  std::string made;
+  if (job->next) {
+    if (!job->next(record, chunkBytes_, made)) {
+      return false;
+    }
+    record.bytes = made.size();
+  } else {
+    record.offset = job->sent;
+    record.bytes = std::min<uint64_t>(chunkBytes_, job->bytes - job->sent);
+    data = {job->data + job->sent, record.bytes};
+  }
   job->sent += record.bytes;
   job->underWay += 1;
   job->operation->pin();
   network_->send(
-      job->process, asBytes(record), {data, record.bytes}, [job](bool ok) {
+      job->process,
+      asBytes(record),
+      data,
+      [job](bool ok) {
         job->underWay -= 1;
         const auto operation = job->operation;
         if (ok && job->underWay == 0 && job->sent == job->bytes &&
@@ -99,7 +116,9 @@ void Transfers::sendChunk(const std::shared_ptr<Direct>& job) {
           job->done();
         }
         operation->unpin();
-      });
+      },
+      std::move(made));
+  return true;
 }
 
 bool Transfers::advanceReads() {
@@ -154,7 +173,7 @@ bool Transfers::advanceStaged() {
 
 bool Transfers::fillSlots(Staged& job) {
   if (job.slots.empty()) {
-    const size_t slotBytes = std::min(job.bytes, kSlotBytes);
+    const size_t slotBytes = slotBytesOf(job);
     for (size_t i = 0; i < kSlots; ++i) {
       // One reader is this job itself, so that the slot stays.
       const auto slot = memory_.allocate(slotBytes, 1);
@@ -170,13 +189,19 @@ bool Transfers::fillSlots(Staged& job) {
       continue;
     }
     Record record = job.record;
-    record.offset = job.staged;
-    record.bytes = std::min(kSlotBytes, job.bytes - job.staged);
+    if (job.next) {
+      record.bytes = job.next(record, slotBytesOf(job), slot.data);
+    } else {
+      record.offset = job.staged;
+      record.bytes = std::min<uint64_t>(job.slotBytes, job.bytes - job.staged);
+      std::memcpy(slot.data, job.data + job.staged, record.bytes);
+    }
     record.place = slot.offset;
-    std::memcpy(slot.data, job.data + job.staged, record.bytes);
     job.staged += record.bytes;
-    NodeMemory::addReader(memory_.segment(), slot.offset);
-    job.mate->post(asBytes(record));
+    for (Mate* mate : job.mates) {
+      NodeMemory::addReader(memory_.segment(), slot.offset);
+      mate->post(asBytes(record));
+    }
     worked = true;
   }
   return worked;

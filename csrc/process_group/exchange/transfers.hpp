@@ -22,9 +22,12 @@ namespace automoe {
 struct DirectSend {
   std::shared_ptr<Operation> operation;
   uint64_t process = 0;
-  Record record;  // of kind kPayload; offset and bytes are filled in
+  Record record;  // of a chunk; offset and bytes are filled in
   const std::byte* data = nullptr;
   uint64_t bytes = 0;
+  /// Instead of `data`: makes the next chunk, of about `room` bytes, and what
+  /// its record says beside the bytes. False: nothing to send yet.
+  std::function<bool(Record& record, size_t room, std::string& chunk)> next;
   /// Older operations first, then the rotated order of the nodes.
   std::pair<uint64_t, int> order;
   std::function<void()> done;  // every byte has left
@@ -45,14 +48,19 @@ struct MateRead {
   std::function<void(bool certain, const std::string& cause)> failed;
 };
 
-/// A block for a node-mate that may not read our tensors.
+/// A block for node-mates, all of it for each of them, through node memory.
 struct StagedSend {
   std::shared_ptr<Operation> operation;
-  Mate* mate = nullptr;
+  std::vector<Mate*> mates;
   Record record;  // of kind kStaged
   const std::byte* data = nullptr;
   uint64_t bytes = 0;
-  std::function<void()> done;  // every byte has been copied
+  /// Instead of `data`: writes the next chunk, of at most `room` bytes, and
+  /// what its record says beside the bytes; returns its bytes.
+  std::function<size_t(Record& record, size_t room, std::byte* to)> next;
+  size_t slotBytes = 128 * 1024;  // of node memory for a chunk
+  size_t largestChunk = 0;        // room that `next` needs at least
+  std::function<void()> done;     // every byte has been copied
 };
 
 /// Guarded by the engine's lock. All jobs of a finished operation are dropped.
@@ -84,7 +92,7 @@ class Transfers {
   bool advanceDirects();
   bool advanceReads();
   bool advanceStaged();
-  void sendChunk(const std::shared_ptr<Direct>& job);
+  bool sendChunk(const std::shared_ptr<Direct>& job);
   bool fillSlots(Staged& job);
 
   NodeMemory& memory_;
