@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "moe_ops/operators.hpp"
 #include "process_group/network/interface.hpp"
 #include "process_group/process_group_automoe.hpp"
 
@@ -86,4 +87,28 @@ PYBIND11_MODULE(_C, m) {
       py::arg("timeout"),
       py::call_guard<NoGil>());
   m.def("choose_interface", &describeInterface);
+
+  m.def(
+      "dispatch_async",
+      &automoe::dispatchAsync,
+      py::arg("xs"),
+      py::arg("topk_weights"),
+      py::arg("route"),
+      py::arg("receive_index"),
+      py::arg("group_name"),
+      py::arg("packed") = false,
+      py::call_guard<NoGil>());
+  m.def(
+      "combine_async",
+      &automoe::combineAsync,
+      py::arg("rows"),
+      py::arg("weights"),
+      py::arg("scalars"),
+      py::arg("route"),
+      py::arg("receive_index"),
+      py::arg("group_name"),
+      py::arg("num_tokens"),
+      py::arg("topk"),
+      py::arg("packed") = false,
+      py::call_guard<NoGil>());
 }

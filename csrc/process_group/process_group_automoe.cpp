@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "process_group/exchange/discovery.hpp"
+#include "process_group/group_registry.hpp"
 #include "process_group/inner_work.hpp"
 #include "process_group/torch_store.hpp"
 #include "process_group/work_automoe.hpp"
@@ -197,6 +198,7 @@ ProcessGroupAutoMoe::ProcessGroupAutoMoe(
   } catch (const Error&) {
     rethrow();
   }
+  registerGroup(name, {engine_, group_, options_});
   init();
 }
 
@@ -206,6 +208,7 @@ ProcessGroupAutoMoe::~ProcessGroupAutoMoe() {
     (void)inner_.release();
     return;
   }
+  unregisterGroup(options_->group_name, group_.get());
   if (!left_) {
     try {
       group_->leave(milliseconds(0));
@@ -227,6 +230,10 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupAutoMoe::post(
   arguments.dtype = static_cast<uint8_t>(inputs.front().scalar_type());
   arguments.elementBytes = static_cast<uint32_t>(inputs.front().element_size());
   arguments.dtypeName = &dtypeName;
+  const at::Tensor& rows = inputs.front();
+  if (type == c10d::OpType::ALLTOALL_BASE && rows.size(0) > 0) {
+    arguments.rowBytes = rows.nbytes() / static_cast<uint64_t>(rows.size(0));
+  }
   const std::optional<Tensors> recorded = inputs;
   auto* tensors = new OperationTensors(std::move(inputs), std::move(outputs));
   try {
@@ -334,6 +341,7 @@ void ProcessGroupAutoMoe::shutdown() {
   if (left_.exchange(true)) {
     return;
   }
+  unregisterGroup(options_->group_name, group_.get());
   group_->leave(std::min<milliseconds>(options_->timeout, kDrain));
   if (inner_ != nullptr) {
     inner_->shutdown();
@@ -386,7 +394,13 @@ std::string ProcessGroupAutoMoe::explainExchange() {
         " kB together: one message instead of one per rank), ",
         counters.directBlocks,
         " direct blocks (larger ones: straight into the output, once their "
-        "rank has posted); ",
+        "rank has posted), ",
+        counters.mergedCasts,
+        " casts of rows of which many were the same (each crossed once, ",
+        counters.mergedBytes / 1024,
+        " kB saved; AUTOMOE_MERGE_ROWS=0 switches that off), ",
+        counters.castsStreamed,
+        " casts of plans and dispatches; ",
         engine_->describeNetwork(),
         ".");
   }
@@ -405,6 +419,9 @@ std::map<std::string, int64_t> ProcessGroupAutoMoe::stats() {
       {"inline_blocks", value(group.inlineBlocks)},
       {"read_blocks", value(group.readBlocks)},
       {"staged_blocks", value(group.stagedBlocks)},
+      {"casts_streamed", value(group.castsStreamed)},
+      {"merged_casts", value(group.mergedCasts)},
+      {"merged_bytes", value(group.mergedBytes)},
       {"network_payload_bytes", value(group.networkPayloadBytes)},
       {"network_bytes_sent", value(process.network.bytesSent)},
       {"network_bytes_received", value(process.network.bytesReceived)},

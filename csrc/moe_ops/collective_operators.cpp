@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/ops/empty.h>
+#include <c10/core/ScalarType.h>
+
+#include <limits>
+#include <utility>
+
+#include "moe_ops/operators.hpp"
+#include "moe_ops/row_exchange.hpp"
+#include "moe_ops/tensors.hpp"
+#include "process_group/exchange/plan_arguments.hpp"
+
+namespace automoe {
+namespace {
+
+const char* scalarTypeName(uint8_t dtype) {
+  return c10::toString(static_cast<c10::ScalarType>(dtype));
+}
+
+std::vector<int32_t> checkedMap(at::IntArrayRef map) {
+  std::vector<int32_t> labels;
+  for (const int64_t label : map) {
+    TORCH_CHECK_VALUE(
+        label >= 0 && label <= std::numeric_limits<int32_t>::max(),
+        "plan: reduction_map[",
+        labels.size(),
+        "] is ",
+        label,
+        ", expected a label of at least 0");
+    labels.push_back(static_cast<int32_t>(label));
+  }
+  return labels;
+}
+
+struct DispatchCall {
+  DispatchArguments arguments;
+  CallTensors tensors;
+  DispatchTensors results;
+};
+
+/// Checks the route and its index and keeps them; returns a view.
+Route takeRoute(
+    const char* call,
+    const at::Tensor& route,
+    const at::Tensor& receiveIndex,
+    CallTensors& tensors) {
+  const at::Tensor words = int32List(call, "route", route);
+  const Route view(int32sOf(words));
+  tensors.inputs.push_back(words);
+  tensors.inputs.push_back(
+      int32List(call, "receive_index", receiveIndex, view.numReceiveRows()));
+  return view;
+}
+
+DispatchCall prepareDispatch(
+    at::TensorList xs,
+    const std::optional<at::Tensor>& topkWeights,
+    const at::Tensor& route,
+    const at::Tensor& receiveIndex,
+    bool packed) {
+  constexpr const char* kCall = "dispatch";
+  TORCH_CHECK_VALUE(
+      !xs.empty(), "dispatch: xs is empty, expected at least one tensor");
+  DispatchCall call;
+  auto& [arguments, tensors, results] = call;
+  auto& [received, receivedWeights] = results;
+  const Route view = takeRoute(kCall, route, receiveIndex, tensors);
+  const int64_t numRows =
+      packed ? static_cast<int64_t>(view.numSendRows()) : view.numTokens();
+  arguments.route = int32sOf(tensors.inputs[0]);
+  arguments.receiveIndex = int32sOf(tensors.inputs[1]);
+  arguments.packed = packed;
+  arguments.dtype = static_cast<uint8_t>(xs[0].scalar_type());
+  arguments.dtypeName = &scalarTypeName;
+  for (const at::Tensor& x : xs) {
+    const at::Tensor rows = rowsOf(kCall, "x", x, numRows);
+    received.push_back(emptyRows(rows, view.numReceiveRows()));
+    arguments.fields.push_back(
+        {bytesOf(rows), mutableBytesOf(received.back()), rowBytes(rows)});
+    tensors.inputs.push_back(rows);
+  }
+  tensors.outputs = received;
+  if (topkWeights.has_value()) {
+    const at::Tensor weights = floats(
+        kCall, "topk_weights", *topkWeights, {view.numTokens(), view.topK()});
+    receivedWeights = emptyList(view.numReceiveRows(), weights.scalar_type());
+    arguments.weights = bytesOf(weights);
+    arguments.receivedWeights = mutableBytesOf(receivedWeights);
+    arguments.weightBytes = static_cast<uint32_t>(weights.element_size());
+    tensors.inputs.push_back(weights);
+    tensors.outputs.push_back(receivedWeights);
+  } else {
+    receivedWeights = emptyList(0, at::kFloat);
+  }
+  return call;
+}
+
+struct CombineCall {
+  CombineArguments arguments;
+  CallTensors tensors;
+  CombineTensors results;
+};
+
+CombineCall prepareCombine(
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const std::optional<at::Tensor>& scalars,
+    const at::Tensor& route,
+    const at::Tensor& receiveIndex,
+    int64_t numTokens,
+    int64_t topK,
+    bool packed) {
+  constexpr const char* kCall = "combine";
+  CombineCall call;
+  auto& [arguments, tensors, results] = call;
+  auto& [out, scalarsOut] = results;
+  const Route view = takeRoute(kCall, route, receiveIndex, tensors);
+  TORCH_CHECK_VALUE(
+      (numTokens == -1 || numTokens == view.numTokens()) &&
+          (topK == -1 || topK == view.topK()),
+      "combine: num_tokens and topk are ",
+      numTokens,
+      " and ",
+      topK,
+      ", expected those of the plan, ",
+      view.numTokens(),
+      " and ",
+      view.topK(),
+      ", or -1");
+  TORCH_CHECK_VALUE(
+      !packed || view.sumsPerNode(),
+      "combine: packed is True, but the plan's reduction_map allows no sums "
+      "of one node; plan without reduction_map, or combine without packed");
+  const int64_t numRows = view.numReceiveRows();
+  const at::Tensor terms = rowsOf(kCall, "rows", rows, numRows);
+  arguments.dtype = dtypeOf(kCall, "rows", terms);
+  const at::Tensor factors =
+      sumValues(kCall, "weights", weights, arguments.dtype, numRows);
+  const at::Tensor values =
+      sumValues(kCall, "scalars", scalars, arguments.dtype, numRows);
+  out = emptyRows(
+      terms,
+      packed ? static_cast<int64_t>(view.numSendRows()) : view.numTokens());
+  tensors.outputs.push_back(out);
+  const at::ScalarType sumType = sumTypeOf(arguments.dtype);
+  if (values.defined()) {
+    scalarsOut =
+        at::empty({view.numTokens(), view.topK()}, at::TensorOptions(sumType));
+    tensors.outputs.push_back(scalarsOut);
+  } else {
+    scalarsOut = emptyList(0, sumType);
+  }
+  arguments.route = int32sOf(tensors.inputs[0]);
+  arguments.receiveIndex = int32sOf(tensors.inputs[1]);
+  arguments.elements = rowElements(terms);
+  arguments.rows = bytesOf(terms);
+  arguments.weighted = factors.defined();
+  arguments.weights = bytesOf(factors);
+  arguments.withScalars = values.defined();
+  arguments.scalars = bytesOf(values);
+  arguments.out = mutableBytesOf(out);
+  arguments.scalarsOut =
+      values.defined() ? mutableBytesOf(scalarsOut) : nullptr;
+  arguments.packed = packed;
+  for (const at::Tensor& tensor : {terms, factors, values}) {
+    if (tensor.defined()) {
+      tensors.inputs.push_back(tensor);
+    }
+  }
+  return call;
+}
+
+}  // namespace
+
+PlanTensors plan(
+    const at::Tensor& topkIds,
+    int64_t numExperts,
+    std::string groupName,
+    int64_t align,
+    int64_t maxReceiveTokens,
+    at::IntArrayRef reductionMap) {
+  const at::Tensor ids = checkedIds("plan", topkIds);
+  const ReleaseGil noGil;
+  return withTorchErrors([&] {
+    // What does not fit is found below; then these values are not used.
+    const at::Tensor narrow = ids.to(at::kInt);
+    const PlanArguments arguments{
+        int32sOf(narrow),
+        ids.size(0),
+        ids.size(1),
+        numExperts,
+        align,
+        maxReceiveTokens,
+        checkedMap(reductionMap)};
+    checkPlanArguments(arguments);
+    const auto exchange = findRowExchange(groupName);
+    const int rank = exchange->topology().rank();
+    const std::string wrong = findIllegalId("plan", ids, numExperts);
+    const std::string fault =
+        wrong.empty() ? wrong : concat("rank ", rank, ": ", wrong);
+    return toTensors(exchange->plan(arguments, {{narrow}, {}}, fault));
+  });
+}
+
+DispatchTensors dispatch(
+    at::TensorList xs,
+    const std::optional<at::Tensor>& topkWeights,
+    const at::Tensor& route,
+    const at::Tensor& receiveIndex,
+    std::string groupName,
+    bool packed) {
+  const ReleaseGil noGil;
+  return withTorchErrors([&] {
+    DispatchCall call =
+        prepareDispatch(xs, topkWeights, route, receiveIndex, packed);
+    findRowExchange(groupName)
+        ->dispatch(std::move(call.arguments), std::move(call.tensors))
+        ->wait();
+    return std::move(call.results);
+  });
+}
+
+CombineTensors combine(
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const std::optional<at::Tensor>& scalars,
+    const at::Tensor& route,
+    const at::Tensor& receiveIndex,
+    std::string groupName,
+    int64_t numTokens,
+    int64_t topK,
+    bool packed) {
+  const ReleaseGil noGil;
+  return withTorchErrors([&] {
+    CombineCall call = prepareCombine(
+        rows, weights, scalars, route, receiveIndex, numTokens, topK, packed);
+    findRowExchange(groupName)
+        ->combine(std::move(call.arguments), std::move(call.tensors))
+        ->wait();
+    return std::move(call.results);
+  });
+}
+
+std::tuple<WorkPointer, std::vector<at::Tensor>, at::Tensor> dispatchAsync(
+    const std::vector<at::Tensor>& xs,
+    const std::optional<at::Tensor>& topkWeights,
+    const at::Tensor& route,
+    const at::Tensor& receiveIndex,
+    const std::string& groupName,
+    bool packed) {
+  return withTorchErrors([&] {
+    DispatchCall call =
+        prepareDispatch(xs, topkWeights, route, receiveIndex, packed);
+    auto work = findRowExchange(groupName)->dispatch(
+        std::move(call.arguments), std::move(call.tensors));
+    auto& [received, receivedWeights] = call.results;
+    return std::tuple(
+        std::move(work), std::move(received), std::move(receivedWeights));
+  });
+}
+
+std::tuple<WorkPointer, at::Tensor, at::Tensor> combineAsync(
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const std::optional<at::Tensor>& scalars,
+    const at::Tensor& route,
+    const at::Tensor& receiveIndex,
+    const std::string& groupName,
+    int64_t numTokens,
+    int64_t topK,
+    bool packed) {
+  return withTorchErrors([&] {
+    CombineCall call = prepareCombine(
+        rows, weights, scalars, route, receiveIndex, numTokens, topK, packed);
+    auto work = findRowExchange(groupName)->combine(
+        std::move(call.arguments), std::move(call.tensors));
+    auto& [out, scalarsOut] = call.results;
+    return std::tuple(std::move(work), std::move(out), std::move(scalarsOut));
+  });
+}
+
+}  // namespace automoe

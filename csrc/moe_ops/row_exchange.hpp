@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// What carries plans and rows between the ranks of a process group.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string>
+#include <torch/csrc/distributed/c10d/Work.hpp>
+#include <vector>
+
+#include "process_group/exchange/combine_arguments.hpp"
+#include "process_group/exchange/route.hpp"
+#include "process_group/exchange/row_moves.hpp"
+
+namespace automoe {
+
+/// Tensors that the pointers of a call point into.
+struct CallTensors {
+  std::vector<at::Tensor> inputs;
+  std::vector<at::Tensor> outputs;
+};
+
+/// Every call is collective. Arguments that do not agree over the ranks raise
+/// ValueError on every rank, with both ranks and both values. Call without the
+/// GIL.
+class RowExchange {
+ public:
+  using WorkPointer = c10::intrusive_ptr<c10d::Work>;
+
+  virtual ~RowExchange() = default;
+
+  virtual const Topology& topology() const = 0;
+  /// Blocks up to the group's timeout. `fault` is empty, or what is wrong with
+  /// the ids of this rank; then every rank raises it.
+  virtual PlanResult plan(
+      const PlanArguments& arguments,
+      CallTensors tensors,
+      const std::string& fault) = 0;
+  virtual WorkPointer dispatch(
+      DispatchArguments arguments, CallTensors tensors) = 0;
+  virtual WorkPointer combine(
+      CombineArguments arguments, CallTensors tensors) = 0;
+};
+
+/// By the name of a c10d group: that of our own backend, else one over the
+/// all_to_all_single of any other. ValueError for a name that is no group.
+std::unique_ptr<RowExchange> findRowExchange(const std::string& groupName);
+
+}  // namespace automoe
