@@ -2,7 +2,8 @@
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Backend, Store
+from torch import Tensor
+from torch.distributed import Backend, Store, Work
 
 class ProcessGroupAutoMoe(Backend):
     """The c10d backend of one group; made by ``torch_automoe.backend``."""
@@ -37,4 +38,33 @@ def choose_interface() -> dict[str, str]:
 
     Raises:
         ValueError: AUTOMOE_INTERFACE names one that is not up.
+    """
+
+def dispatch_async(
+    xs: list[Tensor],
+    topk_weights: Tensor | None,
+    route: Tensor,
+    receive_index: Tensor,
+    group_name: str,
+    packed: bool = False,
+) -> tuple[Work, list[Tensor], Tensor]:
+    """Do as ``torch.ops.automoe.dispatch``, without blocking and without gradients.
+
+    The tensors may be read once the Work has ended well.
+    """
+
+def combine_async(
+    rows: Tensor,
+    weights: Tensor | None,
+    scalars: Tensor | None,
+    route: Tensor,
+    receive_index: Tensor,
+    group_name: str,
+    num_tokens: int,
+    topk: int,
+    packed: bool = False,
+) -> tuple[Work, Tensor, Tensor]:
+    """Do as ``torch.ops.automoe.combine``, without blocking and without gradients.
+
+    The tensors may be read once the Work has ended well.
     """

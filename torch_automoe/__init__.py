@@ -12,13 +12,23 @@ from typing import Any
 
 # Public name -> the module that defines it.
 _LAZY = {
+    "Pending": "torch_automoe.exchange",
+    "Permutation": "torch_automoe.exchange",
+    "Plan": "torch_automoe.routing",
     "Topology": "torch_automoe.backend",
+    "checkpoint_policy": "torch_automoe.checkpoint",
+    "combine": "torch_automoe.exchange",
+    "dispatch": "torch_automoe.exchange",
     "explain_exchange": "torch_automoe.backend",
+    "moe": "torch_automoe.layer",
+    "permute": "torch_automoe.exchange",
+    "plan": "torch_automoe.routing",
     "stats": "torch_automoe.backend",
     "topology": "torch_automoe.backend",
+    "unpermute": "torch_automoe.exchange",
 }
 
-__all__ = ["Topology", "__version__", "explain_exchange", "stats", "topology"]
+__all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
