@@ -16,7 +16,7 @@ from torch_automoe.train.config import (
 
 DESCRIPTION = """\
 Train a byte-level mixture-of-experts language model with plain PyTorch: FSDP2 for
-the dense part, expert parallelism over all_to_all_single for the experts. Starts its
+the dense part, dispatch and combine of this library for the experts. Starts its
 own ranks on emulated nodes; started by torchrun, it is one of the ranks.
 """
 

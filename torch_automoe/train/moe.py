@@ -110,9 +110,9 @@ class MoE(nn.Module):
         self.aux_loss = sequence_balance_loss(scores, topk_ids, batch)
 
         moe_plan = plan(topk_ids, self.num_experts, self.group)
-        recv_x = dispatch(tokens, moe_plan)
-        expert_out = self.experts(recv_x, moe_plan.num_tokens_per_expert)
-        out = combine(expert_out, topk_weights, moe_plan)
+        recv_x, recv_weights = dispatch(tokens, topk_weights, moe_plan)
+        expert_out = self.experts(recv_x, moe_plan.num_tokens_per_expert.tolist())
+        out = combine(expert_out, recv_weights, moe_plan)
         return out.view(batch, seq_len, dim)
 
 

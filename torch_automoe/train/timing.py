@@ -23,16 +23,27 @@ class CommTimer:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
+        self._started: dict[str, float] = {}
         self._since = time.perf_counter()
 
     @contextmanager
     def measure(self, kind: str) -> Iterator[None]:
         """Add the duration of the ``with`` body to ``kind``."""
-        start = time.perf_counter()
+        self.start(kind)
         try:
             yield
         finally:
-            self._seconds[kind] += time.perf_counter() - start
+            self.stop(kind)
+
+    def start(self, kind: str) -> None:
+        """Begin to measure ``kind``."""
+        self._started[kind] = time.perf_counter()
+
+    def stop(self, kind: str) -> None:
+        """Add the time since ``start``, if there was one."""
+        started = self._started.pop(kind, None)
+        if started is not None:
+            self._seconds[kind] += time.perf_counter() - started
 
     def take_shares(self) -> dict[str, float]:
         """Each kind's share of the wall time since the last call, from 0 to 1."""
