@@ -94,7 +94,7 @@ class InterfaceCounter:
         if interface and not self._file.exists():
             found = ", ".join(sorted(os.listdir("/sys/class/net")))
             raise SystemExit(
-                f"all_to_all_bench: got --interface {interface}, but the node of rank "
+                f"benchmark: got --interface {interface}, but the node of rank "
                 f"{rank} has {found}; pass one that every node has"
             )
         # Without a counter on each node there is nothing to show on any.
@@ -149,7 +149,7 @@ def measure_line(node_of_rank: list[int]) -> float:
     """
     if max(node_of_rank) < 1:
         raise SystemExit(
-            "all_to_all_bench: --measure-line needs two nodes, got one; leave it out"
+            "benchmark: --measure-line needs two nodes, got one; leave it out"
         )
     receiver, sender = node_of_rank.index(0), node_of_rank.index(1)
     rank = dist.get_rank()

@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -44,7 +45,7 @@ Columns and formulas: benchmarks/README.md. The exit status is 1 if a value was 
 """
 
 
-class _OneVoiceParser(argparse.ArgumentParser):
+class OneVoiceParser(argparse.ArgumentParser):
     """Parser of which only rank 0 prints, though every rank parses."""
 
     def error(self, message: str) -> NoReturn:
@@ -75,7 +76,8 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _dtypes(text: str) -> list[torch.dtype]:
+def dtypes(text: str) -> list[torch.dtype]:
+    """Parse a comma-separated list of torch's names, or ``all``."""
     chosen = list(DTYPES) if text == "all" else names(text)
     for name in chosen:
         if name not in DTYPES:
@@ -85,7 +87,9 @@ def _dtypes(text: str) -> list[torch.dtype]:
     return [DTYPES[name] for name in chosen]
 
 
-def _at_least(least: int):
+def at_least(least: int) -> Callable[[str], int]:
+    """Parser of whole numbers that are not below ``least``."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -100,7 +104,8 @@ def _at_least(least: int):
     return parse
 
 
-def _positive_float(text: str) -> float:
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -116,14 +121,14 @@ def _add_size_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-b", "--min-bytes", type=byte_count, default=byte_count("1K"))
     group.add_argument("-e", "--max-bytes", type=byte_count, default=byte_count("16M"))
-    group.add_argument("-f", "--step-factor", type=_at_least(2), default=4)
+    group.add_argument("-f", "--step-factor", type=at_least(2), default=4)
     group.add_argument(
         "--sizes", type=byte_counts, help="these sizes instead, such as 1024,16K,4M"
     )
     group.add_argument(
         "-d",
         "--dtype",
-        type=_dtypes,
+        type=dtypes,
         help="one or several of torch's names, or all (default float32; MoE bfloat16)",
     )
 
@@ -142,26 +147,26 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "benchmarks/mpi_alltoallv.c under Open MPI",
     )
     group.add_argument(
-        "-n", "--iters", type=_at_least(1), default=20, help="timed iterations"
+        "-n", "--iters", type=at_least(1), default=20, help="timed iterations"
     )
-    group.add_argument("-w", "--warmup", type=_at_least(0), default=5)
+    group.add_argument("-w", "--warmup", type=at_least(0), default=5)
     group.add_argument(
         "-m",
         "--agg-iters",
-        type=_at_least(1),
+        type=at_least(1),
         default=1,
         help="calls per timed iteration, back to back after one barrier",
     )
     group.add_argument(
         "-c",
         "--check",
-        type=_at_least(0),
+        type=at_least(0),
         default=1,
         help="check the result of every N-th timed iteration (0: of none)",
     )
-    group.add_argument("--seed", type=_at_least(0), default=1)
+    group.add_argument("--seed", type=at_least(0), default=1)
     group.add_argument(
-        "--timeout", type=_positive_float, default=120.0, help="seconds for one call"
+        "--timeout", type=positive_float, default=120.0, help="seconds for one call"
     )
 
 
@@ -170,11 +175,11 @@ def _add_moe_options(parser: argparse.ArgumentParser) -> None:
         "MoE cell (instead of sizes): the expanded rows of one dispatch"
     )
     group.add_argument(
-        "--tokens", type=_at_least(1), help="tokens per rank; turns this mode on"
+        "--tokens", type=at_least(1), help="tokens per rank; turns this mode on"
     )
-    group.add_argument("--hidden", type=_at_least(1), default=1024)
-    group.add_argument("--topk", type=_at_least(1), default=8)
-    group.add_argument("--experts", type=_at_least(1), default=32)
+    group.add_argument("--hidden", type=at_least(1), default=1024)
+    group.add_argument("--topk", type=at_least(1), default=8)
+    group.add_argument("--experts", type=at_least(1), default=32)
     group.add_argument(
         "--routing",
         choices=("uniform", "zipf"),
@@ -183,18 +188,19 @@ def _add_moe_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--zipf-alpha",
-        type=_positive_float,
+        type=positive_float,
         default=1.0,
         help="popularity of the i-th expert is i ** -alpha (default 1)",
     )
 
 
-def _add_line_options(parser: argparse.ArgumentParser) -> None:
+def add_line_options(parser: argparse.ArgumentParser) -> None:
+    """Line rate and interface."""
     group = parser.add_argument_group("network")
     line = group.add_mutually_exclusive_group()
     line.add_argument(
         "--line-rate",
-        type=_positive_float,
+        type=positive_float,
         metavar="MB/S",
         help="payload rate of one TCP stream of a node (1 MB = 1e6 bytes)",
     )
@@ -209,15 +215,16 @@ def _add_line_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_output_options(parser: argparse.ArgumentParser) -> None:
+def add_output_options(
+    parser: argparse.ArgumentParser, plot: str = "time and bus bandwidth"
+) -> None:
+    """Files that are written; ``plot`` says what the plot shows."""
     group = parser.add_argument_group("output (written by rank 0)")
     group.add_argument("--json", metavar="FILE", help="everything, with every time")
     group.add_argument(
         "--report", metavar="FILE.md", help="append a section to a Markdown report"
     )
-    group.add_argument(
-        "--plot", metavar="FILE.png", help="time and bus bandwidth (needs matplotlib)"
-    )
+    group.add_argument("--plot", metavar="FILE.png", help=f"{plot} (needs matplotlib)")
     group.add_argument(
         "--launch",
         metavar="TEXT",
@@ -225,7 +232,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check_files(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def check_files(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Find out before the run, not after it, that a result could not be written."""
     if os.environ.get("RANK", "0") != "0":
         return
@@ -262,7 +269,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     Besides the options themselves, the result has ``sizes`` filled in (bytes, ascending
     as given) and ``dtype`` as a list of ``torch.dtype``.
     """
-    parser = _OneVoiceParser(
+    parser = OneVoiceParser(
         description="Time all_to_all_single of a c10d backend beside peers in one run.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -270,10 +277,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     _add_size_options(parser)
     _add_run_options(parser)
     _add_moe_options(parser)
-    _add_line_options(parser)
-    _add_output_options(parser)
+    add_line_options(parser)
+    add_output_options(parser)
     options = parser.parse_args(argv)
-    _check_files(parser, options)
+    check_files(parser, options)
     _check_together(parser, options)
     if options.sizes is None:
         options.sizes = []

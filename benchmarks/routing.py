@@ -69,11 +69,15 @@ def draw_topk_ids(
     """Draw distinct experts for each token of a rank: int64 (tokens, topk).
 
     Popularity is equal (``uniform``) or i ** -alpha in an order of the experts that
-    depends on the seed alone (``zipf``), so that all ranks crowd the same experts.
+    depends on the seed alone (``zipf``), so that all ranks crowd the same experts, or
+    in their own order (``zipf_sorted``), so that these are the first ranks' experts.
     """
     log_popularity = torch.zeros(experts)
-    if routing == "zipf":
-        order = torch.randperm(experts, generator=torch.Generator().manual_seed(seed))
+    if routing != "uniform":
+        order = torch.arange(experts)
+        if routing == "zipf":
+            shared = torch.Generator().manual_seed(seed)
+            order = torch.randperm(experts, generator=shared)
         log_popularity[order] = -zipf_alpha * torch.arange(1, experts + 1).log()
     generator = torch.Generator().manual_seed(seed * 1_000_003 + rank + 1)
     # The k largest of log(popularity) + Gumbel noise are a draw without replacement.
