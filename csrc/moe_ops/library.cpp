@@ -9,9 +9,12 @@
 // Errors are ValueError for arguments, DistBackendError for communication.
 #include <torch/library.h>
 
+#include <vector>
+
 #include "moe_ops/operators.hpp"
 
 TORCH_LIBRARY(automoe, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   // Collective over the group. topk_ids: (T, K) int32 or int64, -1 = none;
   // max_recv_tokens: -1, or exactly R; reduction_map: empty, or the node of
   // each of P ranks. Gives int32: route (W,), W from the data; receive_index
@@ -20,20 +23,22 @@ TORCH_LIBRARY(automoe, m) {
       "plan(Tensor topk_ids, SymInt num_experts, str group_name, "
       "SymInt align=1, SymInt max_recv_tokens=-1, int[] reduction_map=[]) -> "
       "(Tensor route, Tensor receive_index, Tensor num_tokens_per_expert, "
-      "Tensor offsets)");
+      "Tensor offsets)",
+      tags);
   // Not collective. Part `part` of [0, num_parts): part 0 has the rows inside
   // the node, the others pieces of the rest. Shapes and dtypes as of plan.
   m.def(
       "plan_part(Tensor route, Tensor offsets, int part, int num_parts) -> "
       "(Tensor route, Tensor receive_index, Tensor num_tokens_per_expert, "
-      "Tensor offsets)");
+      "Tensor offsets)",
+      tags);
   // Not collective. int64 (16,): fingerprint (its bits), T, total tokens of
   // all ranks, K, E, align, R, dropped entries of this rank, S, land rows,
   // rank, P, nodes, own node, 1 if a node sends one sum per token (what a
   // packed combine needs), 0.
-  m.def("route_facts(Tensor route) -> Tensor");
+  m.def("route_facts(Tensor route) -> Tensor", tags);
   // Not collective. int32 (P,): the node of each rank in the order of sums.
-  m.def("route_reduction_map(Tensor route) -> Tensor");
+  m.def("route_reduction_map(Tensor route) -> Tensor", tags);
   // Collective. xs: one or more tensors (T, ...) of any dtype ((S, ...) when
   // packed), not empty; the same trailing shapes and dtypes on all ranks.
   // topk_weights: (T, K), float64, float32, bfloat16 or float16.
@@ -42,34 +47,38 @@ TORCH_LIBRARY(automoe, m) {
   m.def(
       "dispatch(Tensor[] xs, Tensor? topk_weights, Tensor route, "
       "Tensor receive_index, str group_name, bool packed=False) -> "
-      "(Tensor[] recv, Tensor recv_weights)");
+      "(Tensor[] recv, Tensor recv_weights)",
+      tags);
   // Collective. rows: (R, H) float64, float32, bfloat16 or float16; weights,
   // scalars: (R,), any of these; trailing dimensions may be more than H. out:
   // (T, H) as rows, the weighted sums; (S, H), one sum per send row, when
   // packed. scalars_out: (T, K) in the sum type of rows, what scalars has for
   // each expert of a token, 0 where there is none (or it was dropped); (0,) in
-  // the sum type without scalars. num_tokens and topk must be those of the
-  // route.
+  // the sum type without scalars. num_tokens and topk: those of the route, or
+  // -1 for them.
   m.def(
       "combine(Tensor rows, Tensor? weights, Tensor? scalars, Tensor route, "
       "Tensor receive_index, str group_name, SymInt num_tokens, SymInt topk, "
-      "bool packed=False) -> (Tensor out, Tensor scalars_out)");
+      "bool packed=False) -> (Tensor out, Tensor scalars_out)",
+      tags);
   // x: (T, ...), any dtype. For each of N routes (S_i, ...): the row of the
   // token of each send row. What a packed dispatch sends.
-  m.def("pack_rows(Tensor x, Tensor[] routes) -> Tensor[]");
+  m.def("pack_rows(Tensor x, Tensor[] routes) -> Tensor[]", tags);
   // partials[i]: (S_i, H) of packed combines on the parts of one plan, every
   // part once. (num_tokens, H): what one combine on the whole plan gives, to
   // the bit. The gradient of pack_rows, and pack_rows is the gradient of this.
   m.def(
       "reduce_partials(Tensor[] partials, Tensor[] routes, "
-      "SymInt num_tokens) -> Tensor");
+      "SymInt num_tokens) -> Tensor",
+      tags);
   // grads, values: (R, H) of one dtype as rows of combine; weights: (R,) float
   // or None for 1. scaled: (R, H) weights[r] * grads[r]; dots: (R,) in the sum
   // type, the dot products of grads[r] and values[r]. index: (R,) int32; where
   // it is negative (padding), rows of scaled and dots are zero.
   m.def(
       "scale_and_dot(Tensor grads, Tensor values, Tensor? weights, "
-      "Tensor index) -> (Tensor scaled, Tensor dots)");
+      "Tensor index) -> (Tensor scaled, Tensor dots)",
+      tags);
   // One rank, no group. x: (T, ...) any dtype; topk_ids as of plan. rows:
   // (R, ...) sorted by (expert, token, k), padding is zero; index: (R,) int32
   // the slot token * K + k of each row, -1 for padding; int32
@@ -77,12 +86,14 @@ TORCH_LIBRARY(automoe, m) {
   m.def(
       "permute(Tensor x, Tensor topk_ids, SymInt num_experts, "
       "SymInt align=1) -> (Tensor rows, Tensor index, "
-      "Tensor num_tokens_per_expert, Tensor offsets)");
+      "Tensor num_tokens_per_expert, Tensor offsets)",
+      tags);
   // rows: (R, H) as of combine; index of permute; weights: (R,), or None for
   // 1. (num_tokens, H): for every token the weighted sum of its rows.
   m.def(
       "unpermute(Tensor rows, Tensor? weights, Tensor index, "
-      "SymInt num_tokens, SymInt topk) -> Tensor");
+      "SymInt num_tokens, SymInt topk) -> Tensor",
+      tags);
 }
 
 TORCH_LIBRARY_IMPL(automoe, CPU, m) {

@@ -164,6 +164,25 @@ TEST_P(DispatchTest, ALateRankKeepsNobodysBytes) {
   });
 }
 
+TEST_P(DispatchTest, AVeryLateNodeMateOfASmallCombine) {
+  // What the others of its node have to say does not wait for it.
+  Ranks ranks(GetParam());
+  const Routing routing = randomRouting(ranks.size(), 8, 2, 10, 12);
+  ranks.run([&](int rank) {
+    Group& group = ranks.group(rank);
+    Engine& engine = ranks.engine(rank);
+    const PlanResult plan = makePlan(engine, group, routing);
+    MoeCall call(routing, plan, rank, 8);
+    finish(engine, *group.dispatch(call.dispatchArguments(), seconds(30), {}));
+    if (rank == ranks.size() - 1) {
+      std::this_thread::sleep_for(milliseconds(1200));
+    }
+    finish(
+        engine, *group.combine(call.combineArguments(true), seconds(30), {}));
+    call.expectCombined(nodesOf(group.topology()), true);
+  });
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Shapes,
     DispatchTest,
@@ -264,6 +283,19 @@ TEST_F(MismatchTest, WeightsOfCombine) {
         ranks_.engine(rank),
         *ranks_.group(rank).combine(
             call.combineArguments(rank != 0), seconds(30), {}));
+  });
+}
+
+TEST_F(MismatchTest, ScalarsOfCombine) {
+  expectOnAllRanks("bytes of scalars beside a row: ", [&](int rank) {
+    const PlanResult made =
+        makePlan(ranks_.engine(rank), ranks_.group(rank), routing_);
+    MoeCall call(routing_, made, rank, 10);
+    CombineArguments arguments = call.combineArguments(true);
+    arguments.withScalars = rank != 2;
+    finish(
+        ranks_.engine(rank),
+        *ranks_.group(rank).combine(arguments, seconds(30), {}));
   });
 }
 

@@ -98,6 +98,12 @@ std::string findRowDisagreement(
   if (low.elementBytes != high.elementBytes) {
     return differ("bytes in a weight: ", low.elementBytes, high.elementBytes);
   }
+  if (low.scalarBytes != high.scalarBytes) {
+    return differ(
+        "bytes of scalars beside a row: ",
+        static_cast<int>(low.scalarBytes),
+        static_cast<int>(high.scalarBytes));
+  }
   return "";
 }
 

@@ -49,6 +49,8 @@ class Collective : public Operation,
       const Record& record, std::span<const std::byte> payload);
   virtual void blockRead(const Record& record);
   virtual void readConfirmed(const Record& record);
+  /// Called every now and then.
+  virtual void remind(Clock::time_point now) { (void)now; }
   /// Gives back what it holds of others, when the group has failed.
   virtual void abandon() = 0;
 

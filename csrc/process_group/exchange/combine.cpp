@@ -13,11 +13,10 @@
 namespace automoe {
 namespace {
 
-// Sums that are made ahead of the links: more hides unequal links, less keeps
-// them in the cache.
-constexpr uint64_t kMadeAhead = 2 * 1024 * 1024;
 // Of the slots that rows go to a node-mate through.
 constexpr size_t kSlotBytes = 256 * 1024;
+// How long a record may wait for the sums that it takes along.
+constexpr auto kDeferral = std::chrono::milliseconds(500);
 
 const char* dtypeName(uint8_t dtype) {
   return kernels::nameOf(static_cast<kernels::DType>(dtype));
@@ -40,7 +39,7 @@ Record Combine::describe(int destination) const {
   record.plan = route_->fingerprint();
   record.receiveBytes = arguments_.rowBytes();
   record.elementBytes = static_cast<uint32_t>(arguments_.weightBytes());
-  record.rows = static_cast<uint32_t>(arguments_.scalarBytes());
+  record.scalarBytes = static_cast<uint8_t>(arguments_.scalarBytes());
   return record;
 }
 
@@ -50,6 +49,7 @@ void Combine::post(
     Clock::time_point deadline) {
   arguments_ = std::move(arguments);
   route_ = route;
+  postedAt_ = Clock::now();
   openSteps(deadline);
   const Topology& topology = group_.topology();
   for (int rank = 0; rank < topology.size(); ++rank) {
@@ -57,8 +57,8 @@ void Combine::post(
       return;  // nothing is sent
     }
   }
-  announce();
   prepare();
+  announce();
   for (int rank = 0; rank < topology.size(); ++rank) {
     if (peer(rank).posted) {
       stepDone();
@@ -81,19 +81,40 @@ void Combine::post(
 void Combine::announce() {
   const Topology& topology = group_.topology();
   addSteps(static_cast<uint64_t>(topology.size() - 1));
-  for (int i = 1; i < topology.numNodes(); ++i) {
-    const int node = (topology.node() + i) % topology.numNodes();
-    const int railPeer = topology.railPeer(node);
-    sendRecord(railPeer, describe(railPeer), {});
-  }
   for (int rank : topology.ranksOf(topology.node())) {
     if (rank != topology.rank()) {
       group_.peer(rank).mate->post(asBytes(describe(rank)));
     }
   }
+  for (int i = 1; i < topology.numNodes(); ++i) {
+    const int node = (topology.node() + i) % topology.numNodes();
+    const int rank = topology.railPeer(node);
+    Peer& to = peer(rank);
+    if (partials_->isOneUnit(rank) &&
+        (to.posted || group_.peer(rank).budget.tryRide(to.sendBytes))) {
+      to.rode = to.posted ? 0 : to.sendBytes;
+      to.started = true;
+      to.deferred = true;  // until its sums are there
+    } else {
+      sendRecord(rank, describe(rank), {});
+    }
+  }
 }
 
-/// What is to be sent to whom; a step for each, and one for the output.
+void Combine::remind(Clock::time_point now) {
+  if (now < postedAt_ + kDeferral) {
+    return;
+  }
+  // A node-mate is late. The others shall wait for it and not for this rank.
+  for (int rank = 0; rank < group_.topology().size() && !finished(); ++rank) {
+    if (peer(rank).deferred) {
+      peer(rank).deferred = false;
+      sendRecord(rank, describe(rank), {});
+      startSend(rank);
+    }
+  }
+}
+
 void Combine::prepare() {
   const Topology& topology = group_.topology();
   partials_.emplace(*route_, arguments_, topology);
@@ -126,7 +147,10 @@ void Combine::start(int rank) {
     return;
   }
   if (!to.posted) {
-    if (!group_.peer(rank).budget.tryRide(bytes)) {
+    UnmatchedBudget& budget = group_.peer(rank).budget;
+    const bool mayLeave = to.sendBytes > 0 ? budget.tryRide(bytes)
+                                           : budget.tryRide(bytes, kSlotBytes);
+    if (!mayLeave) {
       return;
     }
     to.rode = bytes;
@@ -179,86 +203,6 @@ void Combine::startStream(int rank) {
   group_.engine().transfers().add(std::move(job));
 }
 
-// ---- sums on this node ----
-
-bool Combine::unitReady() const {
-  const Topology& topology = group_.topology();
-  for (int rank : topology.ranksOf(topology.node())) {
-    if (rank != topology.rank() && peer(rank).slots.empty() &&
-        partials_->bytesOf(topology.localRankOf(rank)) > 0) {
-      return false;
-    }
-  }
-  return true;
-}
-
-void Combine::makeSums() {
-  while (!partials_->done() && chunkBytes_ < kMadeAhead && unitReady()) {
-    makeUnit();
-  }
-  outputProgressed();
-}
-
-void Combine::outputProgressed() {
-  if (!outputDone_ && tokens_->done()) {
-    outputDone_ = true;
-    stepDone();
-  }
-}
-
-void Combine::makeUnit() {
-  const Topology& topology = group_.topology();
-  const auto mates = topology.ranksOf(topology.node());
-  std::vector<const std::byte*> mateRows(mates.size(), nullptr);
-  for (size_t local = 0; local < mates.size(); ++local) {
-    const uint64_t bytes = partials_->bytesOf(static_cast<int>(local));
-    if (mates[local] == topology.rank() || bytes == 0) {
-      continue;
-    }
-    const Slot& slot = peer(mates[local]).slots.front();
-    if (bytes > slot.record.bytes - slot.at) {
-      throw TransportError(concat(
-          "rows of rank ", mates[local], " end before those of a unit do"));
-    }
-    mateRows[local] = extentOf(slot.record).data() + slot.at;
-  }
-  const CombineUnit unit = partials_->unit();
-  const uint64_t first = unit.begin - route_->landBegin(unit.source);
-  const auto rows = static_cast<uint32_t>(unit.end - unit.begin);
-  const size_t bytes = partials_->chunkBytes();
-  if (unit.source == topology.rank()) {
-    auto chunk = std::make_unique_for_overwrite<std::byte[]>(bytes);
-    partials_->make(mateRows, chunk.get());
-    tokens_->arrived(topology.node(), first, rows, std::move(chunk), bytes);
-  } else {
-    Chunk chunk{first, rows, std::string(bytes, '\0')};
-    partials_->make(mateRows, reinterpret_cast<std::byte*>(chunk.bytes.data()));
-    chunkBytes_ += bytes;
-    peer(unit.source).chunks.push_back(std::move(chunk));
-  }
-  for (size_t local = 0; local < mates.size(); ++local) {
-    const uint64_t used = partials_->bytesOf(static_cast<int>(local));
-    if (mates[local] != topology.rank() && used > 0) {
-      useSlot(mates[local], used);
-    }
-  }
-  partials_->advance();
-}
-
-void Combine::useSlot(int rank, uint64_t bytes) {
-  Slot& slot = peer(rank).slots.front();
-  slot.at += bytes;
-  slot.unitsLeft -= 1;
-  if (slot.unitsLeft == 0) {
-    if (slot.at != slot.record.bytes) {
-      throw TransportError(
-          concat("rank ", rank, " brought more rows than it has"));
-    }
-    releaseExtent(slot.record);
-    peer(rank).slots.pop_front();
-  }
-}
-
 // ---- what arrives ----
 
 void Combine::sourcePosted(
@@ -268,17 +212,25 @@ void Combine::sourcePosted(
     throw TransportError(
         concat("rank ", record.source, " posted one operation twice"));
   }
-  if (record.carrier != Carrier::kNone || !payload.empty()) {
-    throw TransportError("a combine was posted with a payload");
+  const bool brings = record.carrier == Carrier::kInline;
+  if (!brings && (record.carrier != Carrier::kNone || !payload.empty())) {
+    throw TransportError("a combine was posted with bytes that are no sums");
   }
   from.posted = true;
   from.record = record;
-  if (!posted() || !agrees(record.source)) {
-    return;
+  if (posted()) {
+    if (!agrees(record.source)) {
+      return;
+    }
+    settle(record.source);
+    start(record.source);
   }
-  settle(record.source);
-  start(record.source);
-  stepDone();
+  if (brings) {
+    chunkArrived(record, payload);
+  }
+  if (posted() && !finished()) {
+    stepDone();
+  }
 }
 
 bool Combine::agrees(int rank) {

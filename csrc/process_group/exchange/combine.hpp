@@ -37,6 +37,7 @@ class Combine final : public Collective {
   void chunkArrived(
       const Record& record, std::span<const std::byte> payload) override;
   void chunkStaged(const Record& record) override;
+  void remind(Clock::time_point now) override;
   void abandon() override;
   std::string waitsFor() const override;
 
@@ -61,6 +62,7 @@ class Combine final : public Collective {
     uint64_t streamBytes = 0;  // own rows for it, when it is a mate
     uint64_t rode = 0;         // bytes sent ahead of its record
     bool started = false;      // what there is for it may leave
+    bool deferred = false;     // our record leaves with the sums
     std::deque<Slot> slots;    // of a mate, by arrival
   };
 
@@ -68,9 +70,12 @@ class Combine final : public Collective {
   Peer& peer(int rank) { return peers_[static_cast<size_t>(rank)]; }
 
   Record describe(int destination) const;
+  /// What is to be sent to whom; a step for each, and one for the output.
+  void prepare();
+  /// Tells the ranks that wait for it that this one has posted. Few sums for a
+  /// rail peer go with that record, when they are made.
   void announce();
   bool agrees(int rank);
-  void prepare();
   void settle(int rank);
   /// Lets the bytes for a rank leave, if they may.
   void start(int rank);
@@ -80,6 +85,7 @@ class Combine final : public Collective {
   void makeSums();
   bool unitReady() const;
   void makeUnit();
+  void keep(int rank, Chunk chunk);
   void useSlot(int rank, uint64_t bytes);
   void takeChunk(const Record& record, std::span<const std::byte> payload);
   void outputProgressed();
@@ -90,7 +96,8 @@ class Combine final : public Collective {
   std::optional<TokenSums> tokens_;
   std::vector<Peer> peers_;                            // by rank
   std::vector<std::pair<Record, std::string>> early_;  // before our call
-  uint64_t chunkBytes_ = 0;                            // made, not sent
+  Clock::time_point postedAt_;
+  uint64_t chunkBytes_ = 0;  // made, not sent
   bool outputDone_ = false;
 };
 

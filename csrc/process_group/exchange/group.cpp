@@ -429,6 +429,9 @@ void Group::peerGone(const Peer& gone, const std::string& cause) {
 
 void Group::checkDeadlines(Operation::Clock::time_point now) {
   for (const auto& [sequence, it] : operations_) {
+    if (it->posted()) {
+      it->remind(now);
+    }
     if (it->posted() && it->deadline() < now) {
       fail(
           FailureKind::kTimeout,

@@ -201,7 +201,14 @@ void Group::handleCast(
     throw TransportError(concat(
         "a chunk of ", record.bytes, " bytes came with ", payload.size()));
   }
-  relayCast(record, payload, topology().rank(), mates(), engine_.memory());
+  if (record.operation == OperationKind::kCombine) {
+    Record told = record;  // the sums are for this rank alone
+    told.carrier = Carrier::kNone;
+    told.sendBytes = told.bytes = 0;
+    relayCast(told, {}, topology().rank(), mates(), engine_.memory());
+  } else {
+    relayCast(record, payload, topology().rank(), mates(), engine_.memory());
+  }
   if (record.kind == RecordKind::kPosted) {
     to.sourcePosted(record, payload);
   } else {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "process_group/exchange/partial_sums.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/reduce.hpp"
@@ -76,6 +77,14 @@ uint64_t PartialSums::bytesFor(int source) const {
       arguments_,
       end - begin,
       route_.entryBegin(end) - route_.entryBegin(begin));
+}
+
+bool PartialSums::isOneUnit(int source) const {
+  const auto count =
+      std::count_if(units_.begin(), units_.end(), [&](const CombineUnit& it) {
+        return it.source == source;
+      });
+  return count == 1;
 }
 
 void PartialSums::make(

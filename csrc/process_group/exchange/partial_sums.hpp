@@ -31,6 +31,8 @@ class PartialSums {
 
   /// All bytes of the chunks for a source.
   uint64_t bytesFor(int source) const;
+  /// True when there is exactly one chunk for a source.
+  bool isOneUnit(int source) const;
 
  private:
   struct Cursor {

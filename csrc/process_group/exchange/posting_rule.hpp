@@ -23,8 +23,10 @@ class UnmatchedBudget {
 
   /// Takes `bytes` from the budget if a payload of that size may ride with
   /// its record now; else it has to wait for the destination's record.
-  bool tryRide(size_t bytes) {
-    if (bytes > largestRider_ || bytes > cap_ - unmatched_) {
+  bool tryRide(size_t bytes) { return tryRide(bytes, largestRider_); }
+  /// The same where another limit holds for one payload.
+  bool tryRide(size_t bytes, size_t largest) {
+    if (bytes > largest || bytes > cap_ - unmatched_) {
       return false;
     }
     unmatched_ += bytes;

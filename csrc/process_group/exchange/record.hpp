@@ -69,7 +69,8 @@ struct Record {
   uint64_t plan = 0;          // fingerprint of the plan that is used
   uint32_t rows = 0;          // of this chunk, from row `offset` on
   OperationKind operation = OperationKind::kAllToAll;
-  uint8_t reserved[3] = {};
+  uint8_t scalarBytes = 0;  // combine: of what rides beside a row
+  uint8_t reserved[2] = {};
 };
 static_assert(sizeof(Record) == 104);
 
