@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -17,6 +18,18 @@ from torch_automoe.routing import Plan, has_values
 Rows = Tensor | tuple[Tensor, ...]
 Result = TypeVar("Result")
 _ops = torch.ops.automoe
+# Overloads, not packets: for small calls it shows that none has to be chosen.
+_dispatch, _combine = _ops.dispatch.default, _ops.combine.default
+
+
+def _graph_for(plan: Plan, *tensors: Tensor | None) -> AbstractContextManager[object]:
+    """Skip the making of a graph, which takes longer than a small call, if none is."""
+    needed = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+    if needed or not has_values(plan):
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 @dataclass(frozen=True)
@@ -122,9 +135,15 @@ def start_dispatch(
 ) -> Pending[tuple[tuple[Tensor, ...], Tensor | None]]:
     """Post a dispatch; ``packed``: of send rows, as the operators have it."""
     if blocking or not has_values(plan):
-        recv, recv_weights = _ops.dispatch(
-            xs, topk_weights, plan.route, plan.receive_index, plan.group_name, packed
-        )
+        with _graph_for(plan, topk_weights, *xs):
+            recv, recv_weights = _dispatch(
+                xs,
+                topk_weights,
+                plan.route,
+                plan.receive_index,
+                plan.group_name,
+                packed,
+            )
         work = None
     else:
         works: list[dist.Work] = []
@@ -152,17 +171,18 @@ def start_combine(
 ) -> Pending[Tensor]:
     """Post a combine; ``packed``: to send rows, as the operators have it."""
     if blocking or not has_values(plan):
-        out, _ = _ops.combine(
-            rows,
-            weights,
-            None,
-            plan.route,
-            plan.receive_index,
-            plan.group_name,
-            plan.num_tokens,
-            plan.topk,
-            packed,
-        )
+        with _graph_for(plan, rows, weights):
+            out, _ = _combine(
+                rows,
+                weights,
+                None,
+                plan.route,
+                plan.receive_index,
+                plan.group_name,
+                plan.num_tokens,
+                plan.topk,
+                packed,
+            )
         return Pending(None, out)
     works: list[dist.Work] = []
     out = async_ops.StartCombine.apply(

@@ -37,6 +37,15 @@ def _check_plan(expected: int | None, route: Tensor) -> None:
         )
 
 
+def _tell_tracer(rows: Tensor, count: int) -> None:
+    """Tell a tracer, to which the two are unrelated symbols, that rows has ``count``.
+
+    Only a tracer: the check alone imports sympy, which takes seconds.
+    """
+    if is_traced(rows):
+        torch._check(rows.shape[0] == count)
+
+
 def _no_gradients(ctx: Any, first: int) -> list[None]:
     """Return None for the inputs from ``first`` on.
 
@@ -113,7 +122,7 @@ def combine_gradients(
             rows, None, grad_weights if fits else None, route, receive_index,
             sent.group_name, num_tokens, topk, sent.packed,
         )  # fmt: skip
-        torch._check(out.shape[0] == sent.num_rows)
+        _tell_tracer(out, sent.num_rows)
         found.append(out)
         if fits:
             found_weights = scalars.to(sent.weights_dtype)
@@ -257,7 +266,7 @@ def _reduce_partials_backward(ctx, grad):
     routes = list(ctx.saved_tensors)
     grads = _ops.pack_rows(grad, routes)
     for part, count in zip(grads, ctx.counts, strict=True):
-        torch._check(part.shape[0] == count)
+        _tell_tracer(part, count)
     return grads, [None] * len(routes), None
 
 

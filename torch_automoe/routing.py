@@ -168,7 +168,7 @@ def plan(
             f"max_recv_tokens is {max_recv_tokens}, expected None or at least 0"
         )
     name = group_name(group)
-    tensors = _ops.plan(
+    tensors = _ops.plan.default(
         topk_ids,
         num_experts,
         name,
