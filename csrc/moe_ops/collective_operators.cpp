@@ -76,7 +76,10 @@ DispatchCall prepareDispatch(
     const at::Tensor rows = rowsOf(kCall, "x", x, numRows);
     received.push_back(emptyRows(rows, view.numReceiveRows()));
     arguments.fields.push_back(
-        {bytesOf(rows), mutableBytesOf(received.back()), rowBytes(rows)});
+        {bytesOf(rows),
+         mutableBytesOf(received.back()),
+         rowBytes(rows),
+         static_cast<uint8_t>(x.scalar_type())});
     tensors.inputs.push_back(rows);
   }
   tensors.outputs = received;

@@ -196,7 +196,7 @@ INSTANTIATE_TEST_SUITE_P(
     [](const auto& info) {
       std::string name = "Nodes";
       for (int ranks : info.param.ranksPerNode) {
-        name += "_" + std::to_string(ranks);
+        name += concat("_", ranks);
       }
       return name;
     });
@@ -250,6 +250,23 @@ TEST_F(MismatchTest, RowBytes) {
         ranks_.engine(rank),
         *ranks_.group(rank).dispatch(
             call.dispatchArguments(), seconds(30), {}));
+  });
+}
+
+TEST_F(MismatchTest, TypesOfLaterTensors) {
+  expectOnAllRanks("tensors of types and sizes", [&](int rank) {
+    const PlanResult made =
+        makePlan(ranks_.engine(rank), ranks_.group(rank), routing_);
+    MoeCall call(routing_, made, rank, 10);
+    DispatchArguments arguments = call.dispatchArguments();
+    // One tensor of 40 bytes a row, or two of 20.
+    if (rank == 1) {
+      arguments.fields[0].rowBytes = 20;
+      arguments.fields.push_back(arguments.fields[0]);
+    }
+    finish(
+        ranks_.engine(rank),
+        *ranks_.group(rank).dispatch(arguments, seconds(30), {}));
   });
 }
 

@@ -98,6 +98,10 @@ std::string findRowDisagreement(
   if (low.elementBytes != high.elementBytes) {
     return differ("bytes in a weight: ", low.elementBytes, high.elementBytes);
   }
+  if (low.layout != high.layout) {
+    return differ(
+        "tensors of types and sizes with hash ", low.layout, high.layout);
+  }
   if (low.scalarBytes != high.scalarBytes) {
     return differ(
         "bytes of scalars beside a row: ",

@@ -73,6 +73,7 @@ void Dispatch::take(
 void Dispatch::describe(Record& record) const {
   record.plan = route_->fingerprint();
   record.dtype = arguments_.dtype;
+  record.layout = layoutOf(arguments_);
   record.elementBytes = arguments_.weightBytes;
   record.receiveBytes = rowBytesOf(arguments_);
 }

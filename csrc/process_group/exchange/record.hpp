@@ -70,7 +70,7 @@ struct Record {
   uint32_t rows = 0;          // of this chunk, from row `offset` on
   OperationKind operation = OperationKind::kAllToAll;
   uint8_t scalarBytes = 0;  // combine: of what rides beside a row
-  uint8_t reserved[2] = {};
+  uint16_t layout = 0;      // dispatch: a hash of its tensors' types and sizes
 };
 static_assert(sizeof(Record) == 104);
 

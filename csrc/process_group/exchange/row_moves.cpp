@@ -42,6 +42,15 @@ const std::byte* weightOfSlot(
 
 }  // namespace
 
+uint16_t layoutOf(const DispatchArguments& arguments) {
+  uint64_t hash = arguments.fields.size();
+  for (const Field& field : arguments.fields) {
+    hash = (hash ^ field.rowBytes) * 0x9e3779b97f4a7c15;
+    hash = (hash ^ field.dtype) * 0x9e3779b97f4a7c15;
+  }
+  return static_cast<uint16_t>(hash >> 48);
+}
+
 uint64_t rowBytesOf(const DispatchArguments& arguments) {
   uint64_t bytes = 0;
   for (const Field& field : arguments.fields) {

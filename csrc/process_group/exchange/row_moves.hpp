@@ -18,6 +18,7 @@ struct DispatchArguments {
     const std::byte* from;  // T rows; S send rows when packed
     std::byte* to;          // R receive rows
     uint64_t rowBytes;
+    uint8_t dtype = 0;
   };
   std::span<const int32_t> route;
   std::span<const int32_t> receiveIndex;  // (R,)
@@ -30,6 +31,10 @@ struct DispatchArguments {
   uint8_t dtype = 0;
   const char* (*dtypeName)(uint8_t) = nullptr;
 };
+
+/// A hash of the fields' types and bytes of a row: how ranks find out that they
+/// do not send the same.
+uint16_t layoutOf(const DispatchArguments& arguments);
 
 /// Bytes of a row, all fields together.
 uint64_t rowBytesOf(const DispatchArguments& arguments);
