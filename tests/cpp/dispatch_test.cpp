@@ -319,8 +319,43 @@ TEST_F(MismatchTest, ScalarsOfCombine) {
 TEST_F(MismatchTest, AnArgumentThatOneRankRefuses) {
   expectOnAllRanks("topk_ids", [&](int rank) {
     if (rank == 1) {
-      ranks_.group(rank).failArgument("topk_ids[0][0] is 77");
+      ranks_.group(rank).refuse("topk_ids[0][0] is 77");
       throw InvalidArgument("topk_ids");
+    }
+    plan(rank, routing_);
+  });
+  ranks_.run([&](int rank) {
+    expectContains(
+        errorOf<InvalidArgument>([&] { plan(rank, routing_); }),
+        "topk_ids[0][0] is 77");
+  });
+}
+
+TEST_F(MismatchTest, WhatAllRefuseHasNotHappened) {
+  ranks_.run([&](int rank) {
+    for (int round = 0; round < 20; ++round) {
+      ranks_.group(rank).refuse("no");
+      plan(rank, routing_);
+    }
+  });
+}
+
+TEST_F(MismatchTest, RefusedByOneThatIsLate) {
+  expectOnAllRanks("not that", [&](int rank) {
+    if (rank == 0) {
+      std::this_thread::sleep_for(milliseconds(50));
+      ranks_.group(rank).refuse("not that");
+    }
+    plan(rank, routing_);
+  });
+}
+
+TEST_F(MismatchTest, RefusedByOneThatIsEarly) {
+  expectOnAllRanks("not that", [&](int rank) {
+    if (rank == 2) {
+      ranks_.group(rank).refuse("not that");
+    } else {
+      std::this_thread::sleep_for(milliseconds(50));
     }
     plan(rank, routing_);
   });

@@ -203,6 +203,11 @@ std::shared_ptr<Operation> Group::post(
       return posted;
     }
   }
+  if (refusedByOthers_.contains(sequence)) {
+    failRefused(sequence);
+    engine_.kick();
+    return posted;
+  }
   try {
     start(*posted, after(timeout));
   } catch (const Error& error) {
@@ -278,9 +283,28 @@ void Group::abort(const std::string& reason) {
   }
 }
 
-void Group::failArgument(const std::string& text) {
+void Group::refuse(const std::string& text) {
+  engine_.checkForked();
   const std::lock_guard lock(engine_.mutex());
-  fail(FailureKind::kMismatch, text);
+  engine_.checkUsable();
+  if (leaving_ || failed()) {
+    return;
+  }
+  const uint64_t sequence = nextSequence_++;
+  refusedByOthers_.erase(sequence);
+  refused_.insert(sequence);
+  const auto it = operations_.find(sequence);
+  if (it != operations_.end()) {  // others have posted it, and will fail
+    const auto theirs = it->second;
+    operations_.erase(it);
+    theirs->abandon();
+  }
+  Record record = makeRecord(RecordKind::kRefused, sequence, 0);
+  const auto payload =
+      std::as_bytes(std::span(text).first(std::min(text.size(), kTextBytes)));
+  record.bytes = payload.size();
+  tellMates(record, payload);
+  tellNodes(record, payload);
   engine_.kick();
 }
 

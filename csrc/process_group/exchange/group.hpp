@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -88,9 +89,10 @@ class Group {
       CombineArguments arguments,
       std::chrono::milliseconds timeout,
       OperationCallbacks callbacks);
-  /// Fails the group for an argument that only this rank can check, so that
-  /// every rank raises the same text.
-  void failArgument(const std::string& text);
+  /// Instead of the next collective, because of an argument that only this rank
+  /// can check. Where others post it, every rank fails with this text; where
+  /// all refuse it too, nothing has happened.
+  void refuse(const std::string& text);
   /// Waits for the posted operations up to `timeout` (then they fail), says
   /// goodbye, and leaves. The engine goes on relaying for node-mates until
   /// they have left too. Idempotent.
@@ -153,6 +155,9 @@ class Group {
   std::vector<Mate*> mates() const;
   void handleFailed(
       const Record& record, std::span<const std::byte> payload, bool byNetwork);
+  void handleRefused(
+      const Record& record, std::span<const std::byte> payload, bool byNetwork);
+  void failRefused(uint64_t sequence);
   void handleLeaving(const Record& record, bool byNetwork);
   void tellMates(const Record& record, std::span<const std::byte> payload);
   void tellNodes(const Record& record, std::span<const std::byte> payload);
@@ -162,6 +167,10 @@ class Group {
   const Membership membership_;
   uint64_t nextSequence_ = 0;
   std::map<uint64_t, std::shared_ptr<Collective>> operations_;
+  /// By number: what another rank has refused that this one may still post,
+  /// and what this one has.
+  std::map<uint64_t, std::string> refusedByOthers_;
+  std::set<uint64_t> refused_;
   std::vector<bool> left_;
   std::vector<uint64_t> leftAt_;  // first operation it will not post
   bool leaving_ = false;

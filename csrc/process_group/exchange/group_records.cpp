@@ -103,8 +103,12 @@ void Group::handle(
     handleFailed(record, payload, byNetwork);
     return;
   }
-  if (failed()) {
+  if (failed() || refused_.contains(record.sequence)) {
     releaseUnread(record, byNetwork);
+    return;
+  }
+  if (record.kind == RecordKind::kRefused) {
+    handleRefused(record, payload, byNetwork);
     return;
   }
   if (record.sequence < nextSequence_ &&
@@ -172,6 +176,28 @@ void Group::handleCollective(
     default:
       throw TransportError("a record of a kind that is not known");
   }
+}
+
+void Group::handleRefused(
+    const Record& record, std::span<const std::byte> payload, bool byNetwork) {
+  if (byNetwork) {
+    tellMates(record, payload);
+  }
+  const auto it = operations_.find(record.sequence);
+  const bool isPosted = it != operations_.end() && it->second->posted();
+  if (!isPosted && record.sequence < nextSequence_) {
+    throw TransportError(concat(
+        "operation number ", record.sequence, " was refused after its end"));
+  }
+  refusedByOthers_[record.sequence] = std::string(
+      reinterpret_cast<const char*>(payload.data()), payload.size());
+  if (isPosted) {
+    failRefused(record.sequence);
+  }
+}
+
+void Group::failRefused(uint64_t sequence) {
+  fail(FailureKind::kMismatch, refusedByOthers_.at(sequence));
 }
 
 void Group::releaseUnread(const Record& record, bool byNetwork) {

@@ -19,6 +19,7 @@ enum class RecordKind : uint8_t {
   kFailed = 5,         // the group is over; the payload says why
   kLeaving = 6,        // "I use this group no more"
   kCast = 8,           // a chunk for every rank of a node
+  kRefused = 9,        // "I will not post this one"; the payload says why
 };
 
 /// Which collective a record belongs to.
