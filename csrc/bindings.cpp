@@ -89,6 +89,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_interface", &describeInterface);
 
   m.def(
+      "refuse",
+      &automoe::refuse,
+      py::arg("group_name"),
+      py::arg("fault"),
+      py::call_guard<NoGil>());
+  m.def(
       "dispatch_async",
       &automoe::dispatchAsync,
       py::arg("xs"),

@@ -40,6 +40,12 @@ def choose_interface() -> dict[str, str]:
         ValueError: AUTOMOE_INTERFACE names one that is not up.
     """
 
+def refuse(group_name: str, fault: str) -> None:
+    """Let every other rank raise ``fault`` where it makes its next call on the group.
+
+    Where it refuses that call too, nothing happens.
+    """
+
 def dispatch_async(
     xs: list[Tensor],
     topk_weights: Tensor | None,

@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from torch_automoe import async_ops, ops
+from torch_automoe.fake_kernels import extension
 from torch_automoe.routing import Plan, has_values
 
 Rows = Tensor | tuple[Tensor, ...]
@@ -82,9 +83,9 @@ def dispatch(
         torch.distributed.DistBackendError: the communication failed.
     """
     xs = [x] if isinstance(x, Tensor) else list(x)
-    _check_differentiable(xs)
     for number, rows in enumerate(xs):
         _check_device(f"x[{number}]", rows, plan)
+        _check_differentiable(f"x[{number}]", rows, plan)
     pending = start_dispatch(xs, topk_weights, plan, blocking=not async_op)
     recv, recv_weights = pending._result
     rows = recv[0] if isinstance(x, Tensor) else recv
@@ -235,7 +236,7 @@ def permute(
     Raises:
         ValueError: an argument has another shape or type, or an id is not in [-1, E).
     """
-    _check_differentiable([x])
+    _check_differentiable("x[0]", x, None)
     rows, *how = _ops.permute(x, topk_ids, num_experts, align)
     return rows, Permutation(*how, *topk_ids.shape)
 
@@ -260,18 +261,25 @@ def unpermute(
     return _ops.unpermute(rows, weights, how.index, how.num_tokens, how.topk)
 
 
-def _check_differentiable(xs: Sequence[Tensor]) -> None:
-    for number, x in enumerate(xs):
-        if x.requires_grad and x.dtype not in ops.DIFFERENTIABLE:
-            raise ValueError(
-                f"x[{number}] is {x.dtype} and requires a gradient, expected a type "
-                "that rows can be summed in: float64, float32, bfloat16 or float16"
-            )
+def _check_differentiable(name: str, x: Tensor, plan: Plan | None) -> None:
+    if x.requires_grad and x.dtype not in ops.DIFFERENTIABLE:
+        _refuse(
+            plan,
+            f"{name} is {x.dtype} and requires a gradient, expected a type "
+            "that rows can be summed in: float64, float32, bfloat16 or float16",
+        )
 
 
 def _check_device(name: str, tensor: Tensor, plan: Plan) -> None:
     device = plan.route.device
     if tensor.device != device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, expected {device}, where the plan is"
+        _refuse(
+            plan, f"{name} is on {tensor.device}, expected {device}, where the plan is"
         )
+
+
+def _refuse(plan: Plan | None, text: str) -> NoReturn:
+    """Raise ValueError, on every rank if there is a plan and others make the call."""
+    if plan is not None and has_values(plan):
+        extension.refuse(plan.group_name, text)
+    raise ValueError(text)

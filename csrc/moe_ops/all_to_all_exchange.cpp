@@ -184,23 +184,13 @@ std::vector<int64_t> AllToAllExchange::greet(
 
 // ---- plan ----
 
-PlanResult AllToAllExchange::plan(
-    const PlanArguments& arguments,
-    CallTensors /*tensors*/,
-    const std::string& fault) {
-  Greeting greeting(OperationKind::kPlan, topology_.rank());
+void AllToAllExchange::plan(
+    const std::shared_ptr<RouteBuilder>& builder, CallTensors /*tensors*/) {
+  const Greeting greeting(OperationKind::kPlan, topology_.rank());
   std::vector<int64_t> sendBytes(static_cast<size_t>(topology_.size()), 0);
-  if (!fault.empty()) {
-    std::memcpy(
-        greeting.fault,
-        fault.data(),
-        std::min(fault.size(), sizeof(greeting.fault) - 1));
-    greet(greeting, sendBytes);
-  }
-  RouteBuilder builder(topology_, arguments);
   std::string lists;
   for (int rank = 0; rank < topology_.size(); ++rank) {
-    const std::string list = builder.listFor(rank);
+    const std::string list = builder->listFor(rank);
     sendBytes[static_cast<size_t>(rank)] = static_cast<int64_t>(list.size());
     lists += list;
   }
@@ -212,10 +202,24 @@ PlanResult AllToAllExchange::plan(
   for (int rank = 0; rank < topology_.size(); ++rank) {
     const auto bytes =
         static_cast<size_t>(receiveBytes[static_cast<size_t>(rank)]);
-    builder.add(rank, {from, bytes});
+    builder->add(rank, {from, bytes});
     from += bytes;
   }
-  return builder.finish();
+}
+
+void AllToAllExchange::refuse(OperationKind kind, const std::string& fault) {
+  Greeting greeting(kind, topology_.rank());
+  std::memcpy(
+      greeting.fault,
+      fault.data(),
+      std::min(fault.size(), sizeof(greeting.fault) - 1));
+  try {
+    greet(
+        greeting,
+        std::vector<int64_t>(static_cast<size_t>(topology_.size()), 0));
+  } catch (const InvalidArgument&) {
+    // That one has a fault is known; the caller throws its own.
+  }
 }
 
 // ---- dispatch and combine ----
@@ -252,12 +256,12 @@ AllToAllExchange::WorkPointer AllToAllExchange::finished(
 AllToAllExchange::WorkPointer AllToAllExchange::dispatch(
     DispatchArguments arguments, CallTensors tensors) {
   const Route route(arguments.route);
-  checkRoute(route);
   Greeting greeting(OperationKind::kDispatch, topology_.rank());
   greeting.record.plan = route.fingerprint();
   greeting.record.dtype = arguments.dtype;
   greeting.record.elementBytes = arguments.weightBytes;
   greeting.record.receiveBytes = rowBytesOf(arguments);
+  greeting.record.layout = layoutOf(arguments);
   greeting.dtypeName = arguments.dtypeName;
   const std::vector<int64_t> sendBytes = bytesForOthers(route, arguments);
   const std::vector<int64_t> receiveBytes = greet(greeting, sendBytes);
@@ -285,13 +289,12 @@ AllToAllExchange::WorkPointer AllToAllExchange::dispatch(
 AllToAllExchange::WorkPointer AllToAllExchange::combine(
     CombineArguments arguments, CallTensors tensors) {
   const Route route(arguments.route);
-  checkRoute(route);
   Greeting greeting(OperationKind::kCombine, topology_.rank());
   greeting.record.plan = route.fingerprint();
   greeting.record.dtype = static_cast<uint8_t>(arguments.dtype);
   greeting.record.receiveBytes = arguments.rowBytes();
   greeting.record.elementBytes = static_cast<uint32_t>(arguments.weightBytes());
-  greeting.record.rows = static_cast<uint32_t>(arguments.scalarBytes());
+  greeting.record.scalarBytes = static_cast<uint8_t>(arguments.scalarBytes());
   greeting.dtypeName = &sumDtypeName;
   const std::vector<int64_t> sendBytes =
       combineBlockBytes(route, arguments, topology_);

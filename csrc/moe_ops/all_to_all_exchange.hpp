@@ -18,13 +18,13 @@ class AllToAllExchange final : public RowExchange {
   explicit AllToAllExchange(c10::intrusive_ptr<c10d::ProcessGroup> group);
 
   const Topology& topology() const override { return topology_; }
-  PlanResult plan(
-      const PlanArguments& arguments,
-      CallTensors tensors,
-      const std::string& fault) override;
+  void checkRoute(const Route& route) const override;
+  void plan(const std::shared_ptr<RouteBuilder>& builder, CallTensors tensors)
+      override;
   WorkPointer dispatch(
       DispatchArguments arguments, CallTensors tensors) override;
   WorkPointer combine(CombineArguments arguments, CallTensors tensors) override;
+  void refuse(OperationKind kind, const std::string& fault) override;
 
  private:
   struct Greeting;
@@ -37,7 +37,6 @@ class AllToAllExchange final : public RowExchange {
       at::Tensor send,
       std::vector<int64_t> sendBytes,
       std::vector<int64_t> receiveBytes);
-  void checkRoute(const Route& route) const;
   WorkPointer finished(CallTensors tensors) const;
 
   c10::intrusive_ptr<c10d::ProcessGroup> group_;

@@ -32,6 +32,24 @@ std::vector<int32_t> checkedMap(at::IntArrayRef map) {
   return labels;
 }
 
+/// What `make` returns. What it refuses, the other ranks hear of.
+template <typename Make>
+auto checked(RowExchange& exchange, OperationKind kind, const Make& make) {
+  const auto tell = [&](const char* text) {
+    exchange.refuse(
+        kind, concat("rank ", exchange.topology().rank(), ": ", text));
+  };
+  try {
+    return make();
+  } catch (const c10::Error& error) {
+    tell(error.what_without_backtrace());
+    throw;
+  } catch (const InvalidArgument& error) {
+    tell(error.what());
+    throw;
+  }
+}
+
 struct DispatchCall {
   DispatchArguments arguments;
   CallTensors tensors;
@@ -52,7 +70,7 @@ Route takeRoute(
   return view;
 }
 
-DispatchCall prepareDispatch(
+DispatchCall makeDispatch(
     at::TensorList xs,
     const std::optional<at::Tensor>& topkWeights,
     const at::Tensor& route,
@@ -104,7 +122,7 @@ struct CombineCall {
   CombineTensors results;
 };
 
-CombineCall prepareCombine(
+CombineCall makeCombine(
     const at::Tensor& rows,
     const std::optional<at::Tensor>& weights,
     const std::optional<at::Tensor>& scalars,
@@ -173,6 +191,39 @@ CombineCall prepareCombine(
   return call;
 }
 
+DispatchCall prepareDispatch(
+    RowExchange& exchange,
+    at::TensorList xs,
+    const std::optional<at::Tensor>& topkWeights,
+    const at::Tensor& route,
+    const at::Tensor& receiveIndex,
+    bool packed) {
+  return checked(exchange, OperationKind::kDispatch, [&] {
+    DispatchCall call =
+        makeDispatch(xs, topkWeights, route, receiveIndex, packed);
+    exchange.checkRoute(Route(call.arguments.route));
+    return call;
+  });
+}
+
+CombineCall prepareCombine(
+    RowExchange& exchange,
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const std::optional<at::Tensor>& scalars,
+    const at::Tensor& route,
+    const at::Tensor& receiveIndex,
+    int64_t numTokens,
+    int64_t topK,
+    bool packed) {
+  return checked(exchange, OperationKind::kCombine, [&] {
+    CombineCall call = makeCombine(
+        rows, weights, scalars, route, receiveIndex, numTokens, topK, packed);
+    exchange.checkRoute(Route(call.arguments.route));
+    return call;
+  });
+}
+
 }  // namespace
 
 PlanTensors plan(
@@ -182,26 +233,29 @@ PlanTensors plan(
     int64_t align,
     int64_t maxReceiveTokens,
     at::IntArrayRef reductionMap) {
-  const at::Tensor ids = checkedIds("plan", topkIds);
   const ReleaseGil noGil;
   return withTorchErrors([&] {
-    // What does not fit is found below; then these values are not used.
-    const at::Tensor narrow = ids.to(at::kInt);
-    const PlanArguments arguments{
-        int32sOf(narrow),
-        ids.size(0),
-        ids.size(1),
-        numExperts,
-        align,
-        maxReceiveTokens,
-        checkedMap(reductionMap)};
-    checkPlanArguments(arguments);
     const auto exchange = findRowExchange(groupName);
-    const int rank = exchange->topology().rank();
-    const std::string wrong = findIllegalId("plan", ids, numExperts);
-    const std::string fault =
-        wrong.empty() ? wrong : concat("rank ", rank, ": ", wrong);
-    return toTensors(exchange->plan(arguments, {{narrow}, {}}, fault));
+    at::Tensor narrow;
+    const auto builder = checked(*exchange, OperationKind::kPlan, [&] {
+      const at::Tensor ids = checkedIds("plan", topkIds);
+      // What does not fit is found below; then these values are not used.
+      narrow = ids.to(at::kInt);
+      const PlanArguments arguments{
+          int32sOf(narrow),
+          ids.size(0),
+          ids.size(1),
+          numExperts,
+          align,
+          maxReceiveTokens,
+          checkedMap(reductionMap)};
+      checkPlanArguments(arguments);
+      const std::string wrong = findIllegalId("plan", ids, numExperts);
+      TORCH_CHECK_VALUE(wrong.empty(), wrong);
+      return std::make_shared<RouteBuilder>(exchange->topology(), arguments);
+    });
+    exchange->plan(builder, {{narrow}, {}});
+    return toTensors(builder->finish());
   });
 }
 
@@ -214,10 +268,10 @@ DispatchTensors dispatch(
     bool packed) {
   const ReleaseGil noGil;
   return withTorchErrors([&] {
-    DispatchCall call =
-        prepareDispatch(xs, topkWeights, route, receiveIndex, packed);
-    findRowExchange(groupName)
-        ->dispatch(std::move(call.arguments), std::move(call.tensors))
+    const auto exchange = findRowExchange(groupName);
+    DispatchCall call = prepareDispatch(
+        *exchange, xs, topkWeights, route, receiveIndex, packed);
+    exchange->dispatch(std::move(call.arguments), std::move(call.tensors))
         ->wait();
     return std::move(call.results);
   });
@@ -235,10 +289,18 @@ CombineTensors combine(
     bool packed) {
   const ReleaseGil noGil;
   return withTorchErrors([&] {
+    const auto exchange = findRowExchange(groupName);
     CombineCall call = prepareCombine(
-        rows, weights, scalars, route, receiveIndex, numTokens, topK, packed);
-    findRowExchange(groupName)
-        ->combine(std::move(call.arguments), std::move(call.tensors))
+        *exchange,
+        rows,
+        weights,
+        scalars,
+        route,
+        receiveIndex,
+        numTokens,
+        topK,
+        packed);
+    exchange->combine(std::move(call.arguments), std::move(call.tensors))
         ->wait();
     return std::move(call.results);
   });
@@ -252,10 +314,11 @@ std::tuple<WorkPointer, std::vector<at::Tensor>, at::Tensor> dispatchAsync(
     const std::string& groupName,
     bool packed) {
   return withTorchErrors([&] {
-    DispatchCall call =
-        prepareDispatch(xs, topkWeights, route, receiveIndex, packed);
-    auto work = findRowExchange(groupName)->dispatch(
-        std::move(call.arguments), std::move(call.tensors));
+    const auto exchange = findRowExchange(groupName);
+    DispatchCall call = prepareDispatch(
+        *exchange, xs, topkWeights, route, receiveIndex, packed);
+    auto work =
+        exchange->dispatch(std::move(call.arguments), std::move(call.tensors));
     auto& [received, receivedWeights] = call.results;
     return std::tuple(
         std::move(work), std::move(received), std::move(receivedWeights));
@@ -273,12 +336,31 @@ std::tuple<WorkPointer, at::Tensor, at::Tensor> combineAsync(
     int64_t topK,
     bool packed) {
   return withTorchErrors([&] {
+    const auto exchange = findRowExchange(groupName);
     CombineCall call = prepareCombine(
-        rows, weights, scalars, route, receiveIndex, numTokens, topK, packed);
-    auto work = findRowExchange(groupName)->combine(
-        std::move(call.arguments), std::move(call.tensors));
+        *exchange,
+        rows,
+        weights,
+        scalars,
+        route,
+        receiveIndex,
+        numTokens,
+        topK,
+        packed);
+    auto work =
+        exchange->combine(std::move(call.arguments), std::move(call.tensors));
     auto& [out, scalarsOut] = call.results;
     return std::tuple(std::move(work), std::move(out), std::move(scalarsOut));
+  });
+}
+
+void refuse(const std::string& groupName, const std::string& fault) {
+  withTorchErrors([&] {
+    const auto exchange = findRowExchange(groupName);
+    // A fault is looked at before the kind of call.
+    exchange->refuse(
+        OperationKind::kDispatch,
+        concat("rank ", exchange->topology().rank(), ": ", fault));
   });
 }
 

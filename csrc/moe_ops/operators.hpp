@@ -95,4 +95,8 @@ at::Tensor unpermute(
     int64_t numTokens,
     int64_t topK);
 
+/// For checks in Python: raises nothing itself, but the other ranks raise
+/// `fault` where they make their next call on the group.
+void refuse(const std::string& groupName, const std::string& fault);
+
 }  // namespace automoe

@@ -19,19 +19,15 @@ class CoreExchange final : public RowExchange {
 
   const Topology& topology() const override { return group_.group->topology(); }
 
-  PlanResult plan(
-      const PlanArguments& arguments,
-      CallTensors tensors,
-      const std::string& fault) override {
-    if (!fault.empty()) {
-      group_.group->failArgument(fault);
-      throwForTorch(group_.group->failure());
-    }
-    const auto builder = std::make_shared<RouteBuilder>(topology(), arguments);
+  void checkRoute(const Route& route) const override {
+    group_.group->checkRoute(route);
+  }
+
+  void plan(const std::shared_ptr<RouteBuilder>& builder, CallTensors tensors)
+      override {
     post("automoe:plan", std::move(tensors), [&](OperationCallbacks callbacks) {
       return group_.group->plan(builder, timeout(), std::move(callbacks));
     })->wait();
-    return builder->finish();
   }
 
   WorkPointer dispatch(
@@ -54,6 +50,10 @@ class CoreExchange final : public RowExchange {
           return group_.group->combine(
               std::move(arguments), timeout(), std::move(callbacks));
         });
+  }
+
+  void refuse(OperationKind /*kind*/, const std::string& fault) override {
+    group_.group->refuse(fault);
   }
 
  private:

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "process_group/exchange/combine_arguments.hpp"
+#include "process_group/exchange/record.hpp"
 #include "process_group/exchange/route.hpp"
 #include "process_group/exchange/row_moves.hpp"
 
@@ -31,16 +32,18 @@ class RowExchange {
   virtual ~RowExchange() = default;
 
   virtual const Topology& topology() const = 0;
-  /// Blocks up to the group's timeout. `fault` is empty, or what is wrong with
-  /// the ids of this rank; then every rank raises it.
-  virtual PlanResult plan(
-      const PlanArguments& arguments,
-      CallTensors tensors,
-      const std::string& fault) = 0;
+  /// Throws InvalidArgument for a route of another group.
+  virtual void checkRoute(const Route& route) const = 0;
+  /// Blocks up to the group's timeout; then the builder is complete.
+  virtual void plan(
+      const std::shared_ptr<RouteBuilder>& builder, CallTensors tensors) = 0;
   virtual WorkPointer dispatch(
       DispatchArguments arguments, CallTensors tensors) = 0;
   virtual WorkPointer combine(
       CombineArguments arguments, CallTensors tensors) = 0;
+  /// Instead of a call, because of an argument that only this rank can check.
+  /// Where others make the call, they raise `fault`.
+  virtual void refuse(OperationKind kind, const std::string& fault) = 0;
 };
 
 /// By the name of a c10d group: that of our own backend, else one over the

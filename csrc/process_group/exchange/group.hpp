@@ -89,6 +89,8 @@ class Group {
       CombineArguments arguments,
       std::chrono::milliseconds timeout,
       OperationCallbacks callbacks);
+  /// Throws InvalidArgument for a route of another group. Takes no lock.
+  void checkRoute(const Route& route) const;
   /// Instead of the next collective, because of an argument that only this rank
   /// can check. Where others post it, every rank fails with this text; where
   /// all refuse it too, nothing has happened.
@@ -135,7 +137,6 @@ class Group {
       std::chrono::milliseconds timeout,
       OperationCallbacks callbacks,
       const Start& start);
-  void checkRoute(const Route& route) const;
   /// The operation of that number, made if need be. Null, and the group
   /// failed, when `rank` calls another collective than the others.
   std::shared_ptr<Collective> operation(
