@@ -14,7 +14,7 @@ namespace automoe {
 namespace {
 
 // Of the slots that rows go to a node-mate through.
-constexpr size_t kSlotBytes = 256 * 1024;
+constexpr size_t kSlotBytes = 512 * 1024;
 // How long a record may wait for the sums that it takes along.
 constexpr auto kDeferral = std::chrono::milliseconds(500);
 

@@ -9,6 +9,14 @@
 #include "process_group/exchange/group.hpp"
 
 namespace automoe {
+namespace {
+
+// All node-mates have read a slot before it is filled anew. Where ranks
+// outnumber cores each of them waits for its turn, so there is more in it than
+// for one.
+constexpr size_t kSlotBytes = 1024 * 1024;
+
+}  // namespace
 
 Multicast::Multicast(Group& group, uint64_t sequence, OperationKind kind)
     : Collective(group, sequence, kind),
@@ -205,6 +213,7 @@ void Multicast::streamToMates() {
   job.record.carrier = Carrier::kExtent;
   job.record.owner = topology.rank();
   job.bytes = castBytes(node);
+  job.slotBytes = kSlotBytes;
   job.largestChunk = largestRow();
   job.next = [this, node](Record& chunk, size_t room, std::byte* to) {
     Cast& it = cast(node);
