@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One all-to-all between two ranks, without importing the package: a torchrun script.
+"""One all-to-all between two ranks, without importing the package, then the operators.
+
+A torchrun script:
 
 torchrun --nproc-per-node 2 tests/smoke_two_ranks.py
 """
@@ -31,8 +33,32 @@ def main() -> None:
     )
     if not torch.equal(received, expected):
         raise AssertionError(f"rank {rank} received {received}, expected {expected}")
+    use_operators(rank, world_size)
     dist.destroy_process_group()
-    print(f"rank {rank} of {world_size}: all_to_all_single is right", flush=True)
+    print(
+        f"rank {rank} of {world_size}: all_to_all_single is right, and so are plan, "
+        "dispatch, combine and their gradients",
+        flush=True,
+    )
+
+
+def use_operators(rank: int, world_size: int) -> None:
+    """Send each token to every expert and back; experts multiply by their number."""
+    import torch_automoe as automoe
+
+    x = torch.full((3, 4), rank + 1.0, requires_grad=True)
+    topk_ids = torch.arange(world_size).expand(3, -1)
+    plan = automoe.plan(topk_ids, num_experts=world_size)
+    recv_x, recv_weights = automoe.dispatch(x, torch.ones(3, world_size), plan)
+    out = automoe.combine(recv_x * (rank + 1), plan, weights=recv_weights)
+    out.sum().backward()
+    factor = world_size * (world_size + 1) / 2
+    for name, got, expected in [
+        ("combine", out, (rank + 1) * factor),
+        ("gradient", x.grad, factor),
+    ]:
+        if not torch.equal(got, torch.full((3, 4), expected)):
+            raise AssertionError(f"rank {rank}: {name} is {got}, expected {expected}")
 
 
 if __name__ == "__main__":
