@@ -119,6 +119,17 @@ def repeat(case: Case, times: int) -> None:
         first.assert_same_bits(result, turn)
 
 
+def use_subgroup() -> None:
+    """A group whose ranks are not those of the default group."""
+    members = [*range(1, dist.get_world_size())]
+    group = dist.new_group(members)
+    case = Case((3,) * len(members), topk=3, num_experts=5)
+    if dist.get_rank() in members:
+        pair = moe_cases.check_pair(case, group)
+        pair.assert_same_bits(moe_cases.run_moe(case, 3, group=group))
+        dist.destroy_process_group(group)
+
+
 def compare_with_gloo(cases: list[Case]) -> None:
     """The fallback gives the same bits where the order of sums is pinned."""
     gloo = dist.new_group(backend="gloo")
@@ -171,6 +182,9 @@ class TestEveryShape:
 class TestSomeShapes:
     def test_every_type_travels(self, rank_pool: RankPool) -> None:
         assert set(rank_pool.run(check_payloads)) == {len(_PAYLOADS)}
+
+    def test_subgroup(self, rank_pool: RankPool) -> None:
+        rank_pool.run(use_subgroup)
 
     def test_gradients_of_a_tuple(self, rank_pool: RankPool) -> None:
         rank_pool.run(differentiate_a_tuple)

@@ -205,7 +205,8 @@ def test_inductor(rank_pool: RankPool) -> None:
     rank_pool.run(compile_layer, "inductor", None, deadline=600)
 
 
-@pytest.mark.parametrize("rank_pool", _POOLS, indirect=True)
+# What is traced does not depend on the backend.
+@pytest.mark.parametrize("rank_pool", _POOLS[:1], indirect=True)
 class TestCompile:
     @pytest.mark.parametrize("num_chunks", [None, "auto", 3])
     def test_layer(self, rank_pool: RankPool, num_chunks: int | str | None) -> None:
