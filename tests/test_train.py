@@ -354,8 +354,9 @@ def plan_of_rank(topk_ids_of_rank: list[list[list[int]]], num_experts: int) -> l
     topk_ids = torch.tensor(topk_ids_of_rank[dist.get_rank()]).view(-1, 2)
     plan = exchange.plan(topk_ids, num_experts, dist.group.WORLD)
     x = topk_ids[:, :1].double() * 10 + dist.get_rank()
-    rows = exchange.dispatch(x, plan)
-    return [plan.num_tokens_per_expert, rows.flatten().tolist()]
+    rows, weights = exchange.dispatch(x, x.new_ones(topk_ids.shape), plan)
+    assert weights.tolist() == [1.0] * len(rows)
+    return [plan.num_tokens_per_expert.tolist(), rows.flatten().tolist()]
 
 
 def test_rows_arrive_by_expert_then_source_rank(make_rank_pool) -> None:
