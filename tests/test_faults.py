@@ -219,7 +219,9 @@ class TestKilledRank:
         for rank in range(rank_pool.world_size):
             rank_pool.kill(rank)
         outcomes = rank_pool.join(check=False)
-        assert {outcome.error for outcome in outcomes} == {"killed by SIGKILL"}
+        # The last ones may hear of the first before they are killed too.
+        for outcome in outcomes:
+            assert outcome.error == "killed by SIGKILL" or "is gone" in outcome.error
         assert left() == before
 
 
