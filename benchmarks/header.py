@@ -93,3 +93,33 @@ def command(program: str, launch: str | None, node_of_rank: list[int]) -> str:
             option, equals, value = argument.rpartition("=")
             words.append(shlex.quote(option + equals + Path(value).name))
     return " ".join(words)
+
+
+def append_section(
+    path: str,
+    title: str,
+    header: dict[str, object],
+    notes: list[str],
+    columns: list[str],
+    cells: list[list[str]],
+    footer: list[str],
+) -> None:
+    """Append one section to a Markdown report; a new file begins with a title."""
+    file = Path(path)
+    lines = []
+    if not file.exists():
+        lines += [f"# {title}", "", "Columns: ../README.md", ""]
+    lines += [f"## {header['date']}, {header['shape']}", ""]
+    lines += ["```", str(header["command"]), "```", ""]
+    skipped = ("date", "shape", "command")
+    lines += [
+        f"- {key}: {value}"
+        for key, value in header.items()
+        if key not in skipped and value is not None
+    ]
+    lines += [f"- {note}" for note in notes]
+    lines += ["", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in cells]
+    lines += ["", *(line.lstrip("# ") + "  " for line in footer), "", ""]
+    with file.open("a") as report:
+        report.write("\n".join(lines))

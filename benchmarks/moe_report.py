@@ -8,6 +8,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from header import append_section
 from moe_cell import MoeCell
 from moe_measure import PHASES, Measurement
 from report import percentile
@@ -253,23 +254,13 @@ def write_json(path: str, header: dict[str, object], rows: list[Row]) -> None:
 def append_markdown(
     path: str, header: dict[str, object], notes: list[str], rows: list[Row]
 ) -> None:
-    """Append one section to a report; the file begins with a title if it is new."""
-    file = Path(path)
-    lines = []
-    if not file.exists():
-        lines += ["# dispatch_combine_bench", "", "Columns: ../README.md", ""]
-    lines += [f"## {header['date']}, {header['shape']}", ""]
-    lines += ["```", str(header["command"]), "```", ""]
-    skipped = ("date", "shape", "command")
-    lines += [
-        f"- {key}: {value}"
-        for key, value in header.items()
-        if key not in skipped and value is not None
-    ]
-    lines += [f"- {note}" for note in notes]
-    titles = [f"{column[0]} {column[1]}".strip() for column in _COLUMNS]
-    lines += ["", "| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
-    lines += ["| " + " | ".join(_fields(row)) + " |" for row in rows]
-    lines += ["", *(line.lstrip("# ") + "  " for line in footer(rows)), "", ""]
-    with file.open("a") as report:
-        report.write("\n".join(lines))
+    """Append one section to a report."""
+    append_section(
+        path,
+        "dispatch_combine_bench",
+        header,
+        notes,
+        [f"{column[0]} {column[1]}".strip() for column in _COLUMNS],
+        [_fields(row) for row in rows],
+        footer(rows),
+    )

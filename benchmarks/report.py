@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from exchange import Measurement
+from header import append_section
 from routing import Cell
 
 
@@ -163,26 +164,16 @@ def write_json(path: str, header: dict[str, object], rows: list[Row]) -> None:
 def append_markdown(
     path: str, header: dict[str, object], notes: list[str], rows: list[Row]
 ) -> None:
-    """Append one section to a report; the file begins with a title if it is new."""
-    file = Path(path)
-    lines = []
-    if not file.exists():
-        lines += ["# all_to_all_bench", "", "Columns: ../README.md", ""]
-    lines += [f"## {header['date']}, {header['shape']}", ""]
-    lines += ["```", str(header["command"]), "```", ""]
-    skipped = ("date", "shape", "command")
-    lines += [
-        f"- {key}: {value}"
-        for key, value in header.items()
-        if key not in skipped and value is not None
-    ]
-    lines += [f"- {note}" for note in notes]
-    titles = [f"{first} {second}".strip() for first, second, *_ in _COLUMNS]
-    lines += ["", "| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
-    lines += ["", *(line.lstrip("# ") + "  " for line in footer(rows)), "", ""]
-    with file.open("a") as report:
-        report.write("\n".join(lines))
+    """Append one section to a report."""
+    append_section(
+        path,
+        "all_to_all_bench",
+        header,
+        notes,
+        [f"{first} {second}".strip() for first, second, *_ in _COLUMNS],
+        [_cells(row) for row in rows],
+        footer(rows),
+    )
 
 
 def write_plot(path: str, rows: list[Row], title: str) -> str | None:

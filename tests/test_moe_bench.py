@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_fresh
+from lab_processes import ENVIRONMENT, needs_lab
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -336,6 +338,25 @@ def test_rows_and_what_follows_from_them():
         f"time 1.500, limit {limits:.3f}, skew factor {1.5 / limits:.3f}"
     )
     assert moe_report.footer(rows)[-1].endswith(": 6 FAILED")
+
+
+@needs_lab
+def test_interfaces_carry_what_the_formula_says(tmp_path):
+    arguments = ["--tokens=256", "--contenders=automoe", "--iters=3"]
+    json_file = tmp_path / "run.json"
+    launch = [sys.executable, "-m", "torch_automoe.cli", "lab", "--nodes=2"]
+    program = str(BENCHMARKS / "dispatch_combine_bench.py")
+    done = subprocess.run(
+        [*launch, "--ranks-per-node=2", "--", program, *arguments, "--json", json_file],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads(json_file.read_text())["rows"]
+    # Weights and the plan come on top of the rows, then the headers of TCP.
+    assert 1 <= row["payload_ratio"] <= row["tx_ratio"] <= 1.02, row
 
 
 @pytest.mark.parametrize("cells", [2, 8])

@@ -70,8 +70,8 @@ def test_layers_of_a_good_tree(
         ),
         (
             "kernels/permute.hpp",
-            '#include "process_group/memory/ring.hpp"',
-            "process_group/memory is not below kernels",
+            '#include "process_group/common/error.hpp"',
+            "process_group/common is not below kernels",
         ),
         (
             "process_group/exchange/run.cpp",

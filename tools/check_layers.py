@@ -17,8 +17,8 @@ SUFFIXES = {".hpp", ".cpp", ".cu", ".cuh", ".h"}
 
 # Folder of csrc -> its level; "." is csrc itself, which holds bindings.cpp.
 LEVELS = {
+    "kernels": 0,
     "process_group/common": 1,
-    "kernels": 2,
     "process_group/topology": 2,
     "process_group/memory": 3,
     "process_group/network": 3,

@@ -2,10 +2,11 @@
 #include "kernels/reduce.hpp"
 
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "kernels/reduce_variant.hpp"
-#include "process_group/common/error.hpp"
 
 namespace automoe::kernels {
 namespace {
@@ -17,27 +18,19 @@ size_t countSegments(std::span<const uint32_t> segmentEnds, size_t numRows) {
   for (size_t i = 0; i < segmentEnds.size(); ++i) {
     const size_t end = segmentEnds[i];
     if (end < begin || end > numRows) {
-      throw InvalidArgument(concat(
-          "segmentEnds[",
-          i,
-          "] is ",
-          end,
-          ", expected at least ",
-          begin,
-          " (the segment's begin) and at most ",
-          numRows,
-          " (the number of rows)"));
+      throw std::invalid_argument(
+          "segmentEnds[" + std::to_string(i) + "] is " + std::to_string(end) +
+          ", expected at least " + std::to_string(begin) +
+          " (the segment's begin) and at most " + std::to_string(numRows) +
+          " (the number of rows)");
     }
     count += end > begin ? 1 : 0;
     begin = end;
   }
   if (begin != numRows) {
-    throw InvalidArgument(concat(
-        "segmentEnds ends with ",
-        begin,
-        ", expected ",
-        numRows,
-        " (the number of rows)"));
+    throw std::invalid_argument(
+        "segmentEnds ends with " + std::to_string(begin) + ", expected " +
+        std::to_string(numRows) + " (the number of rows)");
   }
   return count;
 }

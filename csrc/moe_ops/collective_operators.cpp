@@ -59,11 +59,13 @@ struct DispatchCall {
 /// Checks the route and its index and keeps them; returns a view.
 Route takeRoute(
     const char* call,
+    const RowExchange& exchange,
     const at::Tensor& route,
     const at::Tensor& receiveIndex,
     CallTensors& tensors) {
   const at::Tensor words = int32List(call, "route", route);
   const Route view(int32sOf(words));
+  exchange.checkRoute(view);
   tensors.inputs.push_back(words);
   tensors.inputs.push_back(
       int32List(call, "receive_index", receiveIndex, view.numReceiveRows()));
@@ -71,6 +73,7 @@ Route takeRoute(
 }
 
 DispatchCall makeDispatch(
+    const RowExchange& exchange,
     at::TensorList xs,
     const std::optional<at::Tensor>& topkWeights,
     const at::Tensor& route,
@@ -82,7 +85,7 @@ DispatchCall makeDispatch(
   DispatchCall call;
   auto& [arguments, tensors, results] = call;
   auto& [received, receivedWeights] = results;
-  const Route view = takeRoute(kCall, route, receiveIndex, tensors);
+  const Route view = takeRoute(kCall, exchange, route, receiveIndex, tensors);
   const int64_t numRows =
       packed ? static_cast<int64_t>(view.numSendRows()) : view.numTokens();
   arguments.route = int32sOf(tensors.inputs[0]);
@@ -123,6 +126,7 @@ struct CombineCall {
 };
 
 CombineCall makeCombine(
+    const RowExchange& exchange,
     const at::Tensor& rows,
     const std::optional<at::Tensor>& weights,
     const std::optional<at::Tensor>& scalars,
@@ -135,7 +139,7 @@ CombineCall makeCombine(
   CombineCall call;
   auto& [arguments, tensors, results] = call;
   auto& [out, scalarsOut] = results;
-  const Route view = takeRoute(kCall, route, receiveIndex, tensors);
+  const Route view = takeRoute(kCall, exchange, route, receiveIndex, tensors);
   TORCH_CHECK_VALUE(
       (numTokens == -1 || numTokens == view.numTokens()) &&
           (topK == -1 || topK == view.topK()),
@@ -199,10 +203,7 @@ DispatchCall prepareDispatch(
     const at::Tensor& receiveIndex,
     bool packed) {
   return checked(exchange, OperationKind::kDispatch, [&] {
-    DispatchCall call =
-        makeDispatch(xs, topkWeights, route, receiveIndex, packed);
-    exchange.checkRoute(Route(call.arguments.route));
-    return call;
+    return makeDispatch(exchange, xs, topkWeights, route, receiveIndex, packed);
   });
 }
 
@@ -217,10 +218,16 @@ CombineCall prepareCombine(
     int64_t topK,
     bool packed) {
   return checked(exchange, OperationKind::kCombine, [&] {
-    CombineCall call = makeCombine(
-        rows, weights, scalars, route, receiveIndex, numTokens, topK, packed);
-    exchange.checkRoute(Route(call.arguments.route));
-    return call;
+    return makeCombine(
+        exchange,
+        rows,
+        weights,
+        scalars,
+        route,
+        receiveIndex,
+        numTokens,
+        topK,
+        packed);
   });
 }
 

@@ -304,7 +304,7 @@ std::string errorOf(size_t numRows, const std::vector<uint32_t>& ends) {
   std::byte out[2];
   try {
     reduceRow(kBF16, out, rows, nullptr, ends, 1);
-  } catch (const InvalidArgument& error) {
+  } catch (const std::invalid_argument& error) {
     return error.what();
   }
   return "no error";

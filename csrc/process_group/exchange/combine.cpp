@@ -127,22 +127,24 @@ void Combine::prepare() {
         to.sendBytes = partials_->bytesFor(rank);
       }
     } else if (rank != topology.rank()) {
-      to.streamBytes = RowStream(
-                           *route_,
-                           arguments_,
-                           combineUnits(*route_, arguments_, topology, rank))
-                           .bytes();
+      to.stream = std::make_shared<RowStream>(
+          *route_,
+          arguments_,
+          combineUnits(*route_, arguments_, topology, rank));
     }
-    if (to.sendBytes + to.streamBytes > 0) {
-      addSteps(1);
-    }
+    addSteps(bytesFor(rank) > 0 ? 1 : 0);
     group_.mutableCounters().networkPayloadBytes += to.sendBytes;
   }
 }
 
+uint64_t Combine::bytesFor(int rank) const {
+  const Peer& to = peer(rank);
+  return to.stream == nullptr ? to.sendBytes : to.stream->bytes();
+}
+
 void Combine::start(int rank) {
   Peer& to = peer(rank);
-  const uint64_t bytes = to.sendBytes + to.streamBytes;
+  const uint64_t bytes = bytesFor(rank);
   if (to.started || bytes == 0) {
     return;
   }
@@ -184,15 +186,13 @@ void Combine::startSend(int rank) {
 }
 
 void Combine::startStream(int rank) {
-  const Topology& topology = group_.topology();
-  const auto stream = std::make_shared<RowStream>(
-      *route_, arguments_, combineUnits(*route_, arguments_, topology, rank));
+  const auto& stream = peer(rank).stream;
   StagedSend job;
   job.operation = shared_from_this();
   job.mates = {group_.peer(rank).mate};
   job.record = makeRecord(RecordKind::kStaged, rank);
   job.record.carrier = Carrier::kExtent;
-  job.record.owner = topology.rank();
+  job.record.owner = group_.topology().rank();
   job.bytes = stream->bytes();
   job.slotBytes = kSlotBytes;
   job.largestChunk = stream->largestUnit();

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <deque>
-#include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -59,11 +59,11 @@ class Combine final : public Collective {
     Record record;             // its kPosted, when posted
     uint64_t sendBytes = 0;    // sums for it, when it is of another node
     std::deque<Chunk> chunks;  // made, not sent
-    uint64_t streamBytes = 0;  // own rows for it, when it is a mate
-    uint64_t rode = 0;         // bytes sent ahead of its record
-    bool started = false;      // what there is for it may leave
-    bool deferred = false;     // our record leaves with the sums
-    std::deque<Slot> slots;    // of a mate, by arrival
+    std::shared_ptr<RowStream> stream;  // own rows for it, when it is a mate
+    uint64_t rode = 0;                  // bytes sent ahead of its record
+    bool started = false;               // what there is for it may leave
+    bool deferred = false;              // our record leaves with the sums
+    std::deque<Slot> slots;             // of a mate, by arrival
   };
 
   const Peer& peer(int rank) const { return peers_[static_cast<size_t>(rank)]; }
@@ -77,6 +77,8 @@ class Combine final : public Collective {
   void announce();
   bool agrees(int rank);
   void settle(int rank);
+  /// Sums or rows that go to a rank.
+  uint64_t bytesFor(int rank) const;
   /// Lets the bytes for a rank leave, if they may.
   void start(int rank);
   void startSend(int rank);
