@@ -39,6 +39,7 @@ def moe(
     num_experts: int | None = None,
     num_chunks: int | str = "auto",
     align: int = 1,
+    overlap: Callable[[], None] | None = None,
 ) -> Tensor:
     """Run a layer of experts on tokens; collective over the group, as its backward is.
 
@@ -61,6 +62,8 @@ def moe(
         num_chunks: 1 is dispatch, experts, combine. "auto" looks at the bytes of all
             ranks; it is 1 where the call is traced, by torch.compile for example.
         align: begin the rows of each expert at a multiple of this.
+        overlap: called once, while the first rows travel: for work that does not
+            need them, as that of a shared expert. Not called where traced.
 
     Returns:
         (T, H): for every token, the weighted sum over its experts.
@@ -80,10 +83,24 @@ def moe(
     chunks = _checked_num_chunks(num_chunks, whole, xs)
     if chunks > 1:
         single = isinstance(x, Tensor)
-        return _run_chunks(xs, topk_weights, experts, whole, chunks, single)
-    recv, recv_weights = dispatch(x, topk_weights, whole)
-    rows = _tie(experts(recv, whole.offsets), recv)
+        return _run_chunks(xs, topk_weights, experts, whole, chunks, single, overlap)
+    recv, recv_weights = dispatch_beside(x, topk_weights, whole, overlap)
+    rows = tie(experts(recv, whole.offsets), recv)
     return combine(rows, whole, recv_weights)
+
+
+def dispatch_beside(
+    x: Tensor | Sequence[Tensor],
+    topk_weights: Tensor | None,
+    whole: Plan,
+    overlap: Callable[[], None] | None,
+) -> tuple[Rows, Tensor | None]:
+    """Dispatch, and do something else while rows travel."""
+    if overlap is None or not has_values(whole):
+        return dispatch(x, topk_weights, whole)
+    pending = dispatch(x, topk_weights, whole, async_op=True)
+    overlap()
+    return pending.wait()
 
 
 def _run_chunks(
@@ -93,6 +110,7 @@ def _run_chunks(
     whole: Plan,
     num_chunks: int,
     single: bool,
+    overlap: Callable[[], None] | None,
 ) -> Tensor:
     parts = [whole.part(index, num_chunks) for index in range(num_chunks)]
     routes = [part.route for part in parts]
@@ -106,12 +124,14 @@ def _run_chunks(
 
     sums = []
     on_the_wire = start(0)
+    if overlap is not None:
+        overlap()
     for index, part in enumerate(parts):
         recv, recv_weights = on_the_wire.wait()
         if index + 1 < num_chunks:
             on_the_wire = start(index + 1)
         recv = recv[0] if single else recv
-        rows = _tie(experts(recv, part.offsets), recv)
+        rows = tie(experts(recv, part.offsets), recv)
         sums.append(start_combine(rows, part, recv_weights, packed=True))
     partials = [pending.wait() for pending in sums]
     return _ops.reduce_partials(partials, routes, whole.num_tokens)
@@ -134,7 +154,8 @@ class _Tie(torch.autograd.Function):
         return grad, *[None] * ctx.num_others
 
 
-def _tie(rows: Tensor, recv: Rows) -> Tensor:
+def tie(rows: Tensor, recv: Rows) -> Tensor:
+    """Make the backward of experts' outputs reach the rows that were received."""
     if not torch.is_grad_enabled():
         return rows
     others = [recv] if isinstance(recv, Tensor) else list(recv)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call that gives a model expert parallelism, and what it did."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from torch_automoe.parallel.adapters import find_adapter
+from torch_automoe.parallel.experts import (
+    ParallelExperts,
+    make_parallel,
+    parallel_state,
+)
+from torch_automoe.parallel.fsdp import set_gradient_divide_factors, shard_experts
+from torch_automoe.parallel.mesh import MoEMesh, as_moe_mesh
+from torch_automoe.parallel.shared import EarlyShared, find_shared
+
+
+class ExpertParallel(ParallelStyle):
+    """Style of an experts module: its experts lie on the ranks of a mesh.
+
+    For ``parallelize_module(model, mesh["ep"], {"layers.*.mlp.experts":
+    ExpertParallel()})``, or for ``automoe.parallelize(model, mesh, styles=...)``.
+
+    Args:
+        num_chunks: as ``automoe.moe`` takes it.
+        tp_mesh: ranks that all hold the same tokens, as tensor parallelism without
+            sequence parallelism leaves them: each then sends a part. ``parallelize``
+            sets it to the mesh's tp unless ``tokens`` is "sharded".
+        tokens: "replicated" or "sharded" over tp.
+        overlap_shared: run a shared expert that the block calls after the experts
+            while tokens travel.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_chunks: int | str = "auto",
+        tp_mesh: DeviceMesh | None = None,
+        tokens: str = "replicated",
+        overlap_shared: bool = True,
+    ) -> None:
+        super().__init__()
+        if tokens not in ("replicated", "sharded"):
+            raise ValueError(
+                f'tokens is {tokens!r}, expected "replicated" or "sharded"'
+            )
+        self.num_chunks = num_chunks
+        self.tp_mesh = tp_mesh
+        self.tokens = tokens
+        self.overlap_shared = overlap_shared
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self.apply_to(module, device_mesh, self.tp_mesh)
+        return module
+
+    def apply_to(
+        self, module: nn.Module, ep: DeviceMesh, tp: DeviceMesh | None
+    ) -> ParallelExperts:
+        """Shard the experts of ``module`` over ``ep``; return what it knows now.
+
+        Raises:
+            ValueError: it cannot be done; the text says why.
+        """
+        adapter = find_adapter(module)
+        if adapter is None:
+            raise ValueError(why_not(module))
+        if ep.ndim != 1:
+            raise ValueError(f"the mesh of ep has {ep.ndim} dimensions, expected one")
+        state = ParallelExperts(
+            adapter(module),
+            ep,
+            tp if self.tokens == "replicated" else None,
+            self.num_chunks,
+        )
+        make_parallel(module, state)
+        return state
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: MoEMesh | DeviceMesh,
+    styles: Mapping[str, ExpertParallel | None] | None = None,
+    *,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    reshard_after_forward: bool | int = True,
+    offload_policy: OffloadPolicy | None = None,
+    fully_shard_experts: bool = True,
+) -> nn.Module:
+    """Give a model expert parallelism, in place; call it before ``fully_shard``.
+
+    Every experts module is found, its parameters become DTensors that are sharded by
+    expert over ep, and ``fully_shard`` shards them over the ranks beside. Calls of the
+    module go to the ranks that have the experts. Everything else stays as it is: apply
+    ``fully_shard(..., mesh=mesh.dense)`` to it next. All ranks must hold the same
+    parameters, or meta tensors.
+
+    Found are experts of transformers, modules whose own parameters are all stacked by
+    expert, blocks with a ``ModuleList`` of experts, and what
+    ``register_moe_adapter`` knows. ``automoe.explain(model)`` says what was done.
+
+    Args:
+        model: changed in place.
+        mesh: ``automoe.init_moe_mesh(...)``, or a mesh with an axis "ep".
+        styles: pattern of module names -> how, or None to leave alone; the first
+            that matches counts. Default: ``ExpertParallel()`` for all.
+        mp_policy: of FSDP, for experts; ``cast_forward_inputs`` is taken as False.
+        reshard_after_forward: as ``fully_shard`` takes it.
+        offload_policy: of FSDP, for experts.
+        fully_shard_experts: False leaves sharding beside ep to ``shard_placement_fn``,
+            and the scale of gradients to ``set_gradient_divide_factors``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: there are no experts, or some that this cannot handle; the text
+            names each with its reason. The model is then as it was.
+    """
+    mesh = as_moe_mesh(mesh)
+    found = dict(_find(model, styles or {}, mesh, fully_shard_experts))
+    options = {
+        "mp_policy": mp_policy,
+        "reshard_after_forward": reshard_after_forward,
+        "offload_policy": offload_policy,
+    }
+    for name, style in found.items():
+        module = model.get_submodule(name)
+        state = style.apply_to(module, mesh.ep, style.tp_mesh or mesh.tp)
+        _overlap_shared(model, name, style, state)
+        if fully_shard_experts:
+            shard_experts(module, mesh, **options)
+    if fully_shard_experts:
+        set_gradient_divide_factors(model, mesh)
+    return model
+
+
+def _find(
+    model: nn.Module,
+    styles: Mapping[str, ExpertParallel | None],
+    mesh: MoEMesh,
+    fully_shard_experts: bool,
+) -> Iterator[tuple[str, ExpertParallel]]:
+    """Names and styles of all experts modules; raises before anything is changed."""
+    default = ExpertParallel()
+    refused = {}
+    found = {}
+    for name, module in model.named_modules():
+        style = next(
+            (s for pattern, s in styles.items() if fnmatch.fnmatch(name, pattern)),
+            default,
+        )
+        if style is None or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if find_adapter(module) is not None:
+            found[name] = style
+            reason = _why_not_here(module, mesh, fully_shard_experts)
+        else:
+            reason = why_not(module) if looks_like_experts(module) else None
+        if reason:
+            refused[name] = reason
+    if refused:
+        lines = "\n".join(
+            f"  {name or '(the model)'} ({type(model.get_submodule(name)).__name__}): "
+            f"{reason}"
+            for name, reason in refused.items()
+        )
+        raise ValueError(
+            f"parallelize cannot handle these modules:\n{lines}\nGive styles="
+            '{"NAME": None} to leave one alone, or write an adapter for it: '
+            "automoe.register_moe_adapter"
+        )
+    if not found:
+        raise ValueError(
+            f"model is {type(model).__name__}, and no experts were found in it: "
+            "expected modules with parameters that are stacked by expert, or lists "
+            "of experts; automoe.register_moe_adapter teaches it other ones"
+        )
+    yield from found.items()
+
+
+def _why_not_here(
+    module: nn.Module, mesh: MoEMesh, fully_shard_experts: bool
+) -> str | None:
+    from torch_automoe.parallel.fsdp import expert_shard_dim
+
+    if parallel_state(module) is not None:
+        return "it is parallel already; call parallelize once"
+    if isinstance(module, FSDPModule) or any(
+        isinstance(p, DTensor) for p in module.parameters()
+    ):
+        return "its parameters are sharded already; call parallelize before fully_shard"
+    try:
+        adapter = find_adapter(module)(module)
+        for name, parameter in adapter.expert_parameters(module).items():
+            expert_shard_dim(name, parameter, mesh.sparse)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def looks_like_experts(module: nn.Module) -> bool:
+    """Return whether somebody would expect ``parallelize`` to do something here."""
+    name = type(module).__name__.lower()
+    return "experts" in name and any(
+        parameter.ndim == 3 for parameter in module.parameters(recurse=False)
+    )
+
+
+def why_not(module: nn.Module) -> str:
+    """Say what is missing for a module to be run over several ranks."""
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    return (
+        "expected parameters of its own that share dimension 0, the experts, and a "
+        f"forward of (tokens, topk_ids, topk_weights); its parameters are {shapes}"
+    )
+
+
+def _overlap_shared(
+    model: nn.Module, name: str, style: ExpertParallel, state: ParallelExperts
+) -> None:
+    parent, _, child = name.rpartition(".")
+    if not style.overlap_shared or not child:
+        return
+    block = model.get_submodule(parent)
+    shared = find_shared(block, child)
+    if shared is not None:
+        state.shared = EarlyShared(block, shared)
+
+
+def explain(model: nn.Module) -> str:
+    """Say what ``parallelize`` has done to which module, one line each."""
+    lines = []
+    for name, module in model.named_modules():
+        state = parallel_state(module)
+        if state is not None:
+            lines.append(f"{name or '(the model)'}: {_explain_one(module, state)}")
+    return "\n".join(lines) or "no module of this model is expert parallel"
+
+
+def _explain_one(module: nn.Module, state: ParallelExperts) -> str:
+    experts = state.local_experts
+    own = (
+        f"{experts.start}-{experts.stop - 1}"
+        if experts.stop > experts.start
+        else "none"
+    )
+    parts = [
+        f"{type(module).__name__} ({state.adapter.kind})",
+        f"{state.adapter.num_experts} experts over ep {state.ep.size()}, this rank "
+        f"has {own}",
+        f"backend {dist.get_backend(state.group)}",
+    ]
+    if isinstance(module, FSDPModule):
+        parts.append("fully_shard over the ranks beside ep")
+    if state.tp is not None:
+        parts.append(f"each of tp {state.tp.size()} sends a part of the tokens")
+    if state.shared is not None:
+        parts.append(
+            f"shared expert runs while tokens travel ({state.shared.hits} times, "
+            f"{state.shared.misses} in vain)"
+        )
+    return "; ".join([*parts, *state.notes])

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An experts module whose experts lie on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from torch_automoe.exchange import combine
+from torch_automoe.layer import dispatch_beside, moe, tie
+from torch_automoe.parallel.adapters import (
+    Call,
+    MoEAdapter,
+    ReceivedRows,
+    original_forward,
+)
+from torch_automoe.parallel.shared import EarlyShared
+from torch_automoe.routing import plan
+
+_STATE = "_automoe_experts"
+
+
+@dataclass
+class ParallelExperts:
+    """What an experts module knows once its experts lie on several ranks.
+
+    Attributes:
+        adapter: how this kind of module is read and run.
+        ep: mesh of the ranks that share its experts.
+        tp: mesh of ranks that all hold the same tokens, so that each sends a part of
+            them; None: every rank has tokens of its own.
+        num_chunks: as ``automoe.moe`` takes it.
+        shared: a shared expert that is run while tokens travel, or None.
+        counts: (E,) int64, tokens that this rank has sent to each expert in training;
+            None until somebody asks (``count_tokens``).
+        deltas: parameter name -> what is added to this rank's part of it.
+        notes: what was done, for ``explain``.
+    """
+
+    adapter: MoEAdapter
+    ep: DeviceMesh
+    tp: DeviceMesh | None = None
+    num_chunks: int | str = "auto"
+    shared: EarlyShared | None = None
+    counts: Tensor | None = None
+    deltas: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The expert-parallel group."""
+        return self.ep.get_group()
+
+    @property
+    def local_experts(self) -> slice:
+        """Which experts this rank has."""
+        return chunk_of(self.adapter.num_experts, self.ep)
+
+    def forward(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Run the module on the tokens of this rank; collective over ``group``."""
+        call = self.adapter.read_call(module, args, kwargs)
+        num_tokens = call.x.shape[0]
+        if self.tp is not None:
+            call = self._own_part(call)
+        self._count(module, call.topk_ids)
+        out = self._exchange(module, call)
+        if self.tp is not None:
+            out = _from_parts(out, self.tp, num_tokens)
+        return call.finish(out)
+
+    def _exchange(self, module: nn.Module, call: Call) -> Tensor:
+        parameters = self._local_parameters(module)
+        overlap = self.shared.begin(call.x) if self.shared else None
+        num_experts = self.adapter.num_experts
+
+        def experts(rows: Tensor, offsets: Tensor) -> Tensor:
+            received = ReceivedRows(rows, None, offsets)
+            return self.adapter.compute(module, received, parameters)
+
+        if not self.adapter.weighs_rows:
+            return moe(
+                call.x,
+                call.topk_ids,
+                call.topk_weights,
+                experts,
+                self.group,
+                num_experts=num_experts,
+                num_chunks=self.num_chunks,
+                overlap=overlap,
+            )
+        whole = plan(call.topk_ids, num_experts=num_experts, group=self.group)
+        rows, weights = dispatch_beside(call.x, call.topk_weights, whole, overlap)
+        received = ReceivedRows(rows, weights, whole.offsets)
+        out = tie(self.adapter.compute(module, received, parameters), rows)
+        return combine(out, whole)
+
+    def _local_parameters(self, module: nn.Module) -> dict[str, Tensor]:
+        parameters = {
+            name: local_part(parameter)
+            for name, parameter in self.adapter.expert_parameters(module).items()
+        }
+        for name, delta in self.deltas.items():
+            parameters[name] = parameters[name] + delta()
+        return parameters
+
+    def _own_part(self, call: Call) -> Call:
+        """Take this rank's share of tokens that all ranks of ``tp`` hold."""
+        part = chunk_of(call.x.shape[0], self.tp)
+        weights = call.topk_weights
+        return Call(
+            _own_part(call.x, self.tp),
+            call.topk_ids[part],
+            None if weights is None else _own_part(weights, self.tp),
+            call.finish,
+        )
+
+    @torch.no_grad()
+    def _count(self, module: nn.Module, topk_ids: Tensor) -> None:
+        if self.counts is None or not module.training or in_recompute():
+            return
+        ids = topk_ids.flatten()
+        self.counts += torch.bincount(ids[ids >= 0], minlength=self.adapter.num_experts)
+
+    def count_tokens(self) -> Tensor:
+        """Begin to count, and return ``counts``."""
+        if self.counts is None:
+            self.counts = torch.zeros(self.adapter.num_experts, dtype=torch.int64)
+        return self.counts
+
+
+def in_recompute() -> bool:
+    """Return whether this forward is one that activation checkpointing repeats."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def make_parallel(module: nn.Module, state: ParallelExperts) -> None:
+    """Shard the experts of a module over ``state.ep``, and route its calls there."""
+    for name, parameter in state.adapter.expert_parameters(module).items():
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"its parameter {name} is sharded already")
+        # src_data_rank=None: every rank has the same whole parameter and keeps its
+        # own part, so that nothing is sent.
+        part = distribute_tensor(
+            parameter.data, state.ep, [Shard(0)], src_data_rank=None
+        )
+        sharded = nn.Parameter(part, requires_grad=parameter.requires_grad)
+        module.register_parameter(name, sharded)
+    module.__dict__[_STATE] = state
+    module.__class__ = _parallel_class(type(module))
+
+
+def parallel_state(module: nn.Module) -> ParallelExperts | None:
+    """Return what ``make_parallel`` has left at a module."""
+    return module.__dict__.get(_STATE)
+
+
+def chunk_of(size: int, mesh: DeviceMesh) -> slice:
+    """This rank's part of ``size`` things, as DTensor's ``Shard`` deals them."""
+    each = -(-size // mesh.size())
+    start = min(mesh.get_local_rank() * each, size)
+    return slice(start, min(start + each, size))
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter; gradients come back to the parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass with the same name whose forward goes through ``ParallelExperts``.
+
+    A class and not a hook or an attribute: it is what ``fully_shard`` does too, it
+    composes with it and with ``torch.compile``, and isinstance still holds.
+    """
+    if cls not in _classes:
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.__dict__[_STATE].forward(self, args, kwargs)
+
+        members = {
+            "forward": forward,
+            "_automoe_original": cls,
+            "__module__": cls.__module__,
+            "__doc__": cls.__doc__,
+        }
+        _classes[cls] = type(cls.__name__, (cls,), members)
+    return _classes[cls]
+
+
+def _own_part(tensor: Tensor, tp: DeviceMesh) -> Tensor:
+    """This rank's rows of a tensor that all have; the backward gathers all rows."""
+    whole = DTensor.from_local(tensor, tp, [Replicate()], run_check=False)
+    return whole.redistribute(placements=[Shard(0)]).to_local()
+
+
+def _from_parts(part: Tensor, tp: DeviceMesh, num_rows: int) -> Tensor:
+    """The rows of all ranks on each; the backward takes this rank's rows."""
+    shape = torch.Size((num_rows, *part.shape[1:]))
+    whole = DTensor.from_local(
+        part,
+        tp,
+        [Shard(0)],
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    whole = whole.redistribute(placements=[Replicate()])
+    return whole.to_local(grad_placements=[Replicate()])
+
+
+__all__ = [
+    "ParallelExperts",
+    "chunk_of",
+    "in_recompute",
+    "local_part",
+    "make_parallel",
+    "original_forward",
+    "parallel_state",
+]
