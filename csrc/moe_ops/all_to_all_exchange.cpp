@@ -106,6 +106,21 @@ std::string findDisagreement(
              : findRowDisagreement(high, low, dtypeName);
 }
 
+/// By the name that this torch has for it: the older one is alltoall_base.
+template <typename Group>
+c10::intrusive_ptr<c10d::Work> allToAllSingle(
+    Group& group,
+    at::Tensor& received,
+    at::Tensor& send,
+    std::vector<int64_t>& receiveBytes,
+    std::vector<int64_t>& sendBytes) {
+  if constexpr (requires { &Group::all_to_all_single; }) {
+    return group.all_to_all_single(received, send, receiveBytes, sendBytes);
+  } else {
+    return group.alltoall_base(received, send, receiveBytes, sendBytes);
+  }
+}
+
 }  // namespace
 
 /// What one rank has in mind. Of a fixed size, with the text cut to it.
@@ -134,8 +149,8 @@ at::Tensor AllToAllExchange::exchange(
     std::vector<int64_t> sendBytes,
     std::vector<int64_t> receiveBytes) {
   at::Tensor received = emptyBytes(sumOf(receiveBytes));
-  const auto work = group_->all_to_all_single(
-      received, send, receiveBytes, sendBytes, c10d::AllToAllOptions());
+  const auto work =
+      allToAllSingle(*group_, received, send, receiveBytes, sendBytes);
   if (work != nullptr) {
     work->wait();
   }
