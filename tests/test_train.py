@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
 )
 
+import torch_automoe as automoe
 from torch_automoe.train import exchange, parallel
 from torch_automoe.train.config import TrainConfig, UsageError
 from torch_automoe.train.data import (
@@ -25,7 +26,7 @@ from torch_automoe.train.data import (
     training_batch,
 )
 from torch_automoe.train.loop import Run
-from torch_automoe.train.moe import MoE
+from torch_automoe.train.moe import TimedMoE
 
 BACKEND = "automoe"
 TOLERANCE = 1e-9
@@ -210,7 +211,8 @@ def moe_against_plain_loop(num_tokens_of_rank: list[int]) -> dict[str, float]:
     rank, group = dist.get_rank(), dist.group.WORLD
     dim, num_experts, top_k = 6, 5, 2
     torch.manual_seed(1)
-    moe = MoE(num_experts, top_k, dim, expert_dim=4).double()
+    experts = automoe.Experts(num_experts, dim, expert_dim=4)
+    moe = TimedMoE(dim, experts, num_experts=num_experts, top_k=top_k).double()
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter)
     x_of_rank = [torch.randn(1, n, dim).double() for n in num_tokens_of_rank]
@@ -247,7 +249,7 @@ def moe_against_plain_loop(num_tokens_of_rank: list[int]) -> dict[str, float]:
     }
 
 
-def plain_moe(moe: MoE, x: torch.Tensor) -> torch.Tensor:
+def plain_moe(moe: TimedMoE, x: torch.Tensor) -> torch.Tensor:
     """The layer's definition, token by token, without any exchange."""
     rows = []
     for row in x:
@@ -280,7 +282,7 @@ def norm_against_full_gradients(options: dict) -> list[float]:
     batch = training_batch(
         run.text.train, 1, seed=0, batch=config.batch, seq_len=config.seq_len
     )
-    sum(run._losses(batch)).backward()
+    run._loss(batch).backward()
 
     def full_norm() -> float:
         grads = [p.grad.full_tensor() for p in run.model.parameters()]

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from torch_automoe.balance.metrics import load_balance_stats
+from torch_automoe.router import balance_losses, set_balance_loss_scale
 from torch_automoe.train.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
@@ -33,11 +35,10 @@ from torch_automoe.train.data import (
 from torch_automoe.train.metrics import (
     BITS_PER_NAT,
     RunLog,
-    balance_metrics,
     peak_memory_gib,
 )
 from torch_automoe.train.model import ByteMoE, generate, init_weights
-from torch_automoe.train.moe import ExpertBiasUpdate
+from torch_automoe.train.moe import TimedBiasUpdate
 from torch_automoe.train.optimizer import build_optimizer, learning_rate
 from torch_automoe.train.parallel import (
     TrainMesh,
@@ -77,7 +78,7 @@ class Run:
         self.mesh = init_train_mesh(config.ep or self.world_size)
         self.model = build_model(config, self.mesh)
         self.optimizer = build_optimizer(self.model, config)
-        self.balance = ExpertBiasUpdate(
+        self.balance = TimedBiasUpdate(
             self.model, self.optimizer, config.bias_update_rate
         )
         self.run_dir = shared_run_dir(config.run_dir, config.resume)
@@ -117,31 +118,26 @@ class Run:
             batch=config.batch,
             seq_len=config.seq_len,
         )
-        loss, balance = self._losses(batch)
-        (loss + config.aux_loss_coef * balance).backward()
+        loss = self._loss(batch)
+        loss.backward()
         grad_norm = clip_grad_norm_(self.model, config.max_norm)
         lr = learning_rate(step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        parts = [loss.item(), balance.item()]
-        return self._metrics(step, parts, grad_norm, lr, start)
+        return self._metrics(step, loss.item(), grad_norm, lr, start)
 
-    def _losses(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's part of cross entropy and balance loss.
+    def _loss(self, batch: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the cross entropy.
 
-        Both are divided by the sizes of the global batch, so that the parts of all
-        ranks add up to the loss, and their gradients to its gradient.
+        It is divided by the size of the global batch, so that the parts of all ranks
+        add up to the loss, and their gradients to its gradient. The routers bring the
+        gradient of the balance loss.
         """
         config = self.config
         loss = self._cross_entropy(batch.chunk(self.world_size)[self.rank])
-        balance = self.model.aux_loss()
-        num_sequences = config.batch
-        return (
-            loss / (num_sequences * config.seq_len),
-            balance / (num_sequences * config.layers),
-        )
+        return loss / (config.batch * config.seq_len)
 
     def _cross_entropy(self, batch: torch.Tensor) -> torch.Tensor:
         """Summed over the bytes of ``batch``, (b, seq_len + 1), in nats."""
@@ -150,15 +146,23 @@ class Run:
         return F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
 
     def _metrics(
-        self, step: int, losses: list[float], grad_norm: float, lr: float, start: float
+        self, step: int, loss: float, grad_norm: float, lr: float, start: float
     ) -> dict[str, Any]:
         config = self.config
         shares = comm_timer.take_shares()
         kinds = ("all_to_all", "fsdp", "all_reduce")
-        parts = [*losses, *(shares.get(kind, 0.0) for kind in kinds)]
-        loss, balance, *share_sums = all_reduce(
+        balance = {
+            name.replace("seq_aux", "aux"): value.item() / self.world_size
+            for name, value in balance_losses(self.model).items()
+        }
+        parts = [loss, *balance.values(), *(shares.get(kind, 0.0) for kind in kinds)]
+        loss, *sums = all_reduce(
             torch.tensor(parts, dtype=torch.float64), dist.ReduceOp.SUM
         ).tolist()
+        balance_sums, share_sums = sums[: len(balance)], sums[len(balance) :]
+        stats = load_balance_stats(
+            self.balance.num_tokens_per_expert, ep_size=self.mesh.ep.size()
+        )
         seconds = time.perf_counter() - start
         percent = [100 * share / self.world_size for share in share_sums]
         tokens = config.batch * config.seq_len
@@ -176,8 +180,8 @@ class Run:
                 f"comm/{kind}_pct": round(value, 1)
                 for kind, value in zip(kinds, percent, strict=True)
             },
-            "moe/aux_loss": balance,
-            **balance_metrics(self.balance.num_tokens_per_expert),
+            **dict(zip(balance, balance_sums, strict=True)),
+            **{name: round(value, 4) for name, value in stats.items()},
         }
 
     @torch.no_grad()
@@ -295,7 +299,7 @@ class Run:
 
 def build_model(config: TrainConfig, mesh: TrainMesh) -> ByteMoE:
     """The parallel model of this rank."""
-    model = ByteMoE(config.model)
+    model = ByteMoE(config.model, config.aux_loss_coef)
     mp_policy = MixedPrecisionPolicy()
     if config.dtype == "float64":
         model = model.double()
@@ -303,6 +307,8 @@ def build_model(config: TrainConfig, mesh: TrainMesh) -> ByteMoE:
         mp_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
         )
+    # The loss is a mean over layers and over the sequences of all ranks.
+    set_balance_loss_scale(model, 1 / (config.layers * dist.get_world_size()))
     init_weights(model, config.seed)
     parallelize(model, mesh, mp_policy)
     time_fsdp_collectives(model)

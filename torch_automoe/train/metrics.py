@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 BITS_PER_NAT = 1 / math.log(2)
 _COLORS = {
     "step": 31,
@@ -110,28 +108,6 @@ def _lines_before(path: Path, first_step: int) -> list[str]:
     return [
         line for line in lines if json.loads(line).get("step", math.inf) <= first_step
     ]
-
-
-def balance_metrics(num_tokens_per_expert: torch.Tensor) -> dict[str, float]:
-    """Balance figures of one step, from its counts (layers, E) over all ranks.
-
-    ``expert_utilization`` is an expert's share of the rows over the fair share
-    (1.0 = fair); ``cv`` is the coefficient of variation within a layer.
-    """
-    load = num_tokens_per_expert.double()
-    load = load / load.mean(1, keepdim=True).clamp(min=1e-12)
-    cv = load.std(1, correction=0)
-    metrics = {
-        "moe/cv_mean": cv.mean(),
-        "moe/cv_max": cv.max(),
-        "moe/expert_utilization_min": load.min(),
-        "moe/expert_utilization_median": load.median(),
-        "moe/expert_utilization_max": load.max(),
-        "moe/dead_expert_frac_mean": (load == 0).double().mean(),
-    }
-    for layer, layer_cv in enumerate(cv):
-        metrics[f"moe/layer_{layer}/cv"] = layer_cv
-    return {name: round(float(value), 4) for name, value in metrics.items()}
 
 
 def peak_memory_gib() -> float:

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torch_automoe.moe_module import Experts
+from torch_automoe.router import Router
 from torch_automoe.train.config import ModelConfig
-from torch_automoe.train.moe import Experts, MoE, Router
+from torch_automoe.train.moe import TimedMoE
 
 VOCAB_SIZE = 256
 # A position is embedded from its byte and the three before it. Single bytes say
@@ -43,12 +45,18 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention, then a mixture of experts, each on a normalised input."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, aux_loss_coef: float) -> None:
         super().__init__()
+        sizes = {"num_experts": config.num_experts, "top_k": config.top_k}
         self.attention_norm = nn.RMSNorm(config.dim)
         self.attention = Attention(config.dim, config.heads)
         self.moe_norm = nn.RMSNorm(config.dim)
-        self.moe = MoE(config.num_experts, config.top_k, config.dim, config.expert_dim)
+        self.moe = TimedMoE(
+            config.dim,
+            Experts(config.num_experts, config.dim, config.expert_dim),
+            router=Router(config.dim, **sizes, seq_aux_loss_coef=aux_loss_coef),
+            **sizes,
+        )
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -59,11 +67,13 @@ class Block(nn.Module):
 class ByteMoE(nn.Module):
     """The language model: bytes (B, S) -> logits (B, S, 256)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, aux_loss_coef: float) -> None:
         super().__init__()
         self.head_dim = config.dim // config.heads
         self.embedding = nn.Embedding(CONTEXT_BYTES * VOCAB_SIZE, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, aux_loss_coef) for _ in range(config.layers)
+        )
         self.norm = nn.RMSNorm(config.dim)
         self.head = nn.Linear(config.dim, VOCAB_SIZE, bias=False)
 
@@ -76,10 +86,6 @@ class ByteMoE(nn.Module):
         for block in self.blocks:
             x = block(x, rope)
         return self.head(self.norm(x))
-
-    def aux_loss(self) -> torch.Tensor:
-        """Balance loss of the last forward, summed over sequences and layers."""
-        return torch.stack([block.moe.aux_loss for block in self.blocks]).sum()
 
 
 def init_weights(model: ByteMoE, seed: int) -> None:

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from torch_automoe.moe_module import Experts, MoE
 from torch_automoe.train.model import ByteMoE
-from torch_automoe.train.moe import Experts, MoE
 from torch_automoe.train.timing import all_reduce
 
 
