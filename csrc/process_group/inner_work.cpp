@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "process_group/inner_work.hpp"
 
-#include <algorithm>
 #include <thread>
 #include <utility>
 
+#include "process_group/common/patient_wait.hpp"
 #include "process_group/work_automoe.hpp"
 
 namespace automoe {
@@ -38,28 +38,17 @@ bool InnerWork::wait(milliseconds timeout) {
       throwNamed(std::current_exception());
     }
   }
-  const auto until =
-      timeout == kNoTimeout ? Clock::time_point::max() : Clock::now() + timeout;
-  while (true) {
-    auto portion = kLook;
-    if (timeout != kNoTimeout) {
-      const auto left = std::chrono::ceil<milliseconds>(until - Clock::now());
-      portion = std::clamp(left, milliseconds(1), kLook);
-    }
-    try {
-      return work_->wait(portion);
-    } catch (...) {
-      if (work_->isCompleted()) {
-        throwNamed(std::current_exception());
-      }
-      if (Clock::now() >= until) {
-        throw;
-      }
-    }
-    if (const auto failure = group_->failure()) {
-      throwForTorch(failure);
-    }
-  }
+  return waitPatiently(
+      kLook,
+      timeout == kNoTimeout ? Clock::time_point::max() : Clock::now() + timeout,
+      [this](milliseconds portion) { return work_->wait(portion); },
+      [this] { return work_->isCompleted(); },
+      [this] { throwNamed(std::current_exception()); },
+      [this] {
+        if (const auto failure = group_->failure()) {
+          throwForTorch(failure);
+        }
+      });
 }
 
 void InnerWork::throwNamed(std::exception_ptr error) {
