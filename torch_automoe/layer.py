@@ -40,6 +40,7 @@ def moe(
     num_chunks: int | str = "auto",
     align: int = 1,
     overlap: Callable[[], None] | None = None,
+    experts_need_grad: bool = True,
 ) -> Tensor:
     """Run a layer of experts on tokens; collective over the group, as its backward is.
 
@@ -64,6 +65,8 @@ def moe(
         align: begin the rows of each expert at a multiple of this.
         overlap: called once, while the first rows travel: for work that does not
             need them, as that of a shared expert. Not called where traced.
+        experts_need_grad: False says that no rank's experts need a gradient. A rank
+            without rows cannot see it, and goes backward for the others' sake.
 
     Returns:
         (T, H): for every token, the weighted sum over its experts.
@@ -83,9 +86,18 @@ def moe(
     chunks = _checked_num_chunks(num_chunks, whole, xs)
     if chunks > 1:
         single = isinstance(x, Tensor)
-        return _run_chunks(xs, topk_weights, experts, whole, chunks, single, overlap)
+        return _run_chunks(
+            xs,
+            topk_weights,
+            experts,
+            whole,
+            chunks,
+            single,
+            overlap,
+            experts_need_grad,
+        )
     recv, recv_weights = dispatch_beside(x, topk_weights, whole, overlap)
-    rows = tie(experts(recv, whole.offsets), recv)
+    rows = tie(experts(recv, whole.offsets), recv, experts_need_grad)
     return combine(rows, whole, recv_weights)
 
 
@@ -111,6 +123,7 @@ def _run_chunks(
     num_chunks: int,
     single: bool,
     overlap: Callable[[], None] | None,
+    experts_need_grad: bool,
 ) -> Tensor:
     parts = [whole.part(index, num_chunks) for index in range(num_chunks)]
     routes = [part.route for part in parts]
@@ -131,7 +144,7 @@ def _run_chunks(
         if index + 1 < num_chunks:
             on_the_wire = start(index + 1)
         recv = recv[0] if single else recv
-        rows = tie(experts(recv, part.offsets), recv)
+        rows = tie(experts(recv, part.offsets), recv, experts_need_grad)
         sums.append(start_combine(rows, part, recv_weights, packed=True))
     partials = [pending.wait() for pending in sums]
     return _ops.reduce_partials(partials, routes, whole.num_tokens)
@@ -154,14 +167,15 @@ class _Tie(torch.autograd.Function):
         return grad, *[None] * ctx.num_others
 
 
-def tie(rows: Tensor, recv: Rows) -> Tensor:
+def tie(rows: Tensor, recv: Rows, experts_need_grad: bool = True) -> Tensor:
     """Make the backward of experts' outputs reach the rows that were received."""
     if not torch.is_grad_enabled():
         return rows
     others = [recv] if isinstance(recv, Tensor) else list(recv)
     others = [other for other in others if other.requires_grad]
-    if not others and not rows.requires_grad and rows.shape[0] == 0:
-        # The parameters of other ranks' experts may need a gradient.
+    needs_none = not others and not rows.requires_grad
+    if needs_none and experts_need_grad and rows.shape[0] == 0:
+        # The parameters of other ranks' experts do, or may do.
         others = [rows.new_empty(0, requires_grad=True)]
     return _Tie.apply(rows, *others) if others else rows
 

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
+from torch_automoe.exchange import permute, unpermute
 from torch_automoe.grouped import grouped_mm, rows_of_experts
 
 
@@ -24,12 +26,14 @@ class Call:
         topk_ids: (T, K) int32 or int64, -1 is none.
         topk_weights: (T, K) float, or None: all are 1.
         finish: makes of the sums (T, H) what the module returns.
+        overlap: to be called once while tokens travel, or None.
     """
 
     x: Tensor
     topk_ids: Tensor
     topk_weights: Tensor | None
     finish: Callable[[Tensor], Any]
+    overlap: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,18 @@ class ReceivedRows:
         rows: (R, H), sorted by expert.
         weights: (R,) of each row, or None; set where ``MoEAdapter.weighs_rows``.
         offsets: (e,) int32, where the rows of each expert end.
+        first_expert: number, among all, of this rank's first expert.
     """
 
     rows: Tensor
     weights: Tensor | None
     offsets: Tensor
+    first_expert: int = 0
+
+    @property
+    def are_none(self) -> bool:
+        """R is 0; not known, so False, where the call is traced."""
+        return not torch.compiler.is_compiling() and self.rows.shape[0] == 0
 
     @property
     def expert_ids(self) -> Tensor:
@@ -73,8 +84,12 @@ class MoEAdapter:
         self.num_experts = common_experts(module)
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Parameters of ``module`` itself whose dimension 0 is the experts."""
+        """Parameters whose dimension 0 is the experts; default: the module's own."""
         return dict(module.named_parameters(recurse=False))
+
+    def why_not(self, module: nn.Module, ep: int) -> str | None:
+        """Say why ``module`` cannot lie on ``ep`` ranks; None if it can."""
+        return None
 
     def read_call(self, module: nn.Module, args: tuple, kwargs: dict) -> Call:
         """Find tokens, ids and weights in the arguments of ``module.forward``."""
@@ -108,7 +123,7 @@ class StackedExperts(MoEAdapter):
     ) -> Tensor:
         """As ``MoEAdapter.compute``."""
         rows = received.rows
-        if rows.shape[0] == 0 or received.offsets.shape[0] == 0:
+        if received.are_none:
             return touch(rows, *parameters.values())
         weights = received.weights
         if weights is None:
@@ -129,6 +144,7 @@ class SortedExperts(StackedExperts):
     """Stacked experts whose forward takes sorted rows, and how many each expert has.
 
     The second argument is (E,) counts, or where rows end if it is called offsets.
+    ``automoe.MoE`` passes tokens, ids and weights instead: a token travels once.
     """
 
     kind = "stacked parameters, sorted rows"
@@ -136,6 +152,9 @@ class SortedExperts(StackedExperts):
 
     def read_call(self, module: nn.Module, args: tuple, kwargs: dict) -> Call:
         """As ``MoEAdapter.read_call``: one expert a row, rows beyond have none."""
+        if len(args) == 3:
+            x, topk_ids, topk_weights = args
+            return Call(x, topk_ids, topk_weights, lambda out: out, **kwargs)
         x, counts = bind_arguments(module, args, kwargs)[:2]
         if not (_is_integer(counts) and counts.shape == (self.num_experts,)):
             raise ValueError(
@@ -155,7 +174,7 @@ class SortedExperts(StackedExperts):
     ) -> Tensor:
         """As ``MoEAdapter.compute``."""
         rows, offsets = received.rows, received.offsets
-        if rows.shape[0] == 0 or offsets.shape[0] == 0:
+        if received.are_none:
             return touch(rows, *parameters.values())
         second = offsets
         if not self._takes_offsets(module):
@@ -165,7 +184,7 @@ class SortedExperts(StackedExperts):
 
     @staticmethod
     def _takes_offsets(module: nn.Module) -> bool:
-        return _parameters_of_forward(module)[1].name in ("offsets", "offs")
+        return parameters_of_forward(module)[1].name in ("offsets", "offs")
 
 
 class InterfaceExperts(MoEAdapter):
@@ -176,6 +195,23 @@ class InterfaceExperts(MoEAdapter):
     """
 
     kind = "transformers experts interface"
+
+    def why_not(self, module: nn.Module, ep: int) -> str | None:
+        """As ``MoEAdapter.why_not``."""
+        for name, child in module.named_children():
+            shapes = {key: tuple(p.shape) for key, p in child.named_parameters()}
+            if shapes:
+                return (
+                    f"its {name} has parameters that all experts share, {shapes}: "
+                    "each rank would have a gradient of its own for them"
+                )
+        return None
+
+    def read_call(self, module: nn.Module, args: tuple, kwargs: dict) -> Call:
+        """As ``MoEAdapter.read_call``; an id of E or more is none in transformers."""
+        call = super().read_call(module, args, kwargs)
+        none = call.topk_ids >= self.num_experts
+        return replace(call, topk_ids=call.topk_ids.masked_fill(none, -1))
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """As ``MoEAdapter.expert_parameters``."""
@@ -232,16 +268,52 @@ def register_moe_adapter(
 
 def find_adapter(module: nn.Module) -> type[MoEAdapter] | None:
     """Return the adapter class for an experts module; None if it is not one."""
+    # These build on this module.
+    from torch_automoe.parallel.expert_lists import find_list_adapter
+    from torch_automoe.parallel.families import find_family_adapter
+
     for base in type(module).__mro__:
         if base in _registered:
             return _registered[base]
+    found = find_family_adapter(module) or find_list_adapter(module)
+    if found is not None:
+        return found
     if uses_experts_interface(module):
         return InterfaceExperts
-    if is_stacked(module):
-        return {2: SortedExperts, 3: StackedExperts}.get(
-            len(_parameters_of_forward(module))
-        )
+    return _stacked_adapter(module) if is_stacked(module) else None
+
+
+def _stacked_adapter(module: nn.Module) -> type[MoEAdapter] | None:
+    """Tell tokens, ids and weights from sorted rows and counts by the arguments.
+
+    Other modules have stacked matrices and three arguments too, so something has to be
+    called as experts or their choice are.
+    """
+    names = [parameter.name for parameter in parameters_of_forward(module)]
+    spoken = " ".join([type(module).__name__, *names]).lower()
+    if not re.search("expert|moe|top_?k|rout", spoken):
+        return None
+    if len(names) == 3:
+        return StackedExperts
+    counts = r"count|size|offs|split|lens|lengths|num_tokens|tokens_per"
+    if len(names) == 2 and re.search(counts, names[1]):
+        return SortedExperts
     return None
+
+
+def run_on_this_rank(
+    adapter: MoEAdapter, module: nn.Module, args: tuple, kwargs: dict
+) -> Any:
+    """Run a module that has all experts; ``torch.distributed`` is not needed."""
+    call = adapter.read_call(module, args, kwargs)
+    rows, how = permute(call.x, call.topk_ids, num_experts=adapter.num_experts)
+    weights = call.topk_weights
+    if weights is not None:
+        weights = weights.flatten()[how.index]
+    weighs = adapter.weighs_rows
+    received = ReceivedRows(rows, weights if weighs else None, how.offsets)
+    out = adapter.compute(module, received, adapter.expert_parameters(module))
+    return call.finish(unpermute(out, how, None if weighs else weights))
 
 
 def uses_experts_interface(module: nn.Module) -> bool:
@@ -318,7 +390,7 @@ def read_token_call(module: nn.Module, args: tuple, kwargs: dict) -> Call:
         x.reshape(-1, shape[-1]),
         ids.reshape(-1, topk),
         None if weights is None else weights.reshape(-1, topk),
-        lambda out: out if len(shape) == 2 else torch._unsafe_view(out, shape),
+        lambda out: out if len(shape) == 2 else torch.ops.aten._unsafe_view(out, shape),
     )
 
 
@@ -351,13 +423,13 @@ class _Touch(torch.autograd.Function):
 
 def bind_arguments(module: nn.Module, args: tuple, kwargs: dict) -> list[Any]:
     """Arguments of a call in the order of the module's forward, three at least."""
-    names = [parameter.name for parameter in _parameters_of_forward(module)]
+    names = [parameter.name for parameter in parameters_of_forward(module)]
     values = list(args)
     values += [kwargs[name] for name in names[len(args) :] if name in kwargs]
     return values + [None] * (3 - len(values))
 
 
-def _parameters_of_forward(module: nn.Module) -> list[inspect.Parameter]:
+def parameters_of_forward(module: nn.Module) -> list[inspect.Parameter]:
     forward = inspect.unwrap(original_forward(module))
     return list(inspect.signature(forward).parameters.values())[1:]
 

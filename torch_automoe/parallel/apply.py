@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch.distributed as dist
 from torch import nn
@@ -14,14 +14,26 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torch_automoe.parallel.adapters import find_adapter
+from torch_automoe.parallel.blocks import Block, find_block
+from torch_automoe.parallel.expert_lists import (
+    is_container,
+    stack_container,
+    why_not_stackable,
+)
 from torch_automoe.parallel.experts import (
     ParallelExperts,
     make_parallel,
     parallel_state,
 )
-from torch_automoe.parallel.fsdp import set_gradient_divide_factors, shard_experts
+from torch_automoe.parallel.fsdp import (
+    expert_shard_dim,
+    set_gradient_divide_factors,
+    shard_experts,
+)
+from torch_automoe.parallel.lora import attach_lora, why_not_lora
 from torch_automoe.parallel.mesh import MoEMesh, as_moe_mesh
 from torch_automoe.parallel.shared import EarlyShared, find_shared
+from torch_automoe.parallel.transformers_experts import register_if_imported
 
 
 class ExpertParallel(ParallelStyle):
@@ -59,7 +71,10 @@ class ExpertParallel(ParallelStyle):
         self.overlap_shared = overlap_shared
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self.apply_to(module, device_mesh, self.tp_mesh)
+        block = find_block(module)
+        experts = block.convert() if block else module
+        state = self.apply_to(experts, device_mesh, self.tp_mesh)
+        state.notes += [block.note] if block and block.note else []
         return module
 
     def apply_to(
@@ -73,6 +88,10 @@ class ExpertParallel(ParallelStyle):
         adapter = find_adapter(module)
         if adapter is None:
             raise ValueError(why_not(module))
+        reason = why_not_stackable(module) if is_container(module) else None
+        reason = reason or adapter(module).why_not(module, ep.size())
+        if reason:
+            raise ValueError(reason)
         if ep.ndim != 1:
             raise ValueError(f"the mesh of ep has {ep.ndim} dimensions, expected one")
         state = ParallelExperts(
@@ -81,6 +100,7 @@ class ExpertParallel(ParallelStyle):
             tp if self.tokens == "replicated" else None,
             self.num_chunks,
         )
+        stack_container(module)
         make_parallel(module, state)
         return state
 
@@ -104,7 +124,8 @@ def parallelize(
     parameters, or meta tensors.
 
     Found are experts of transformers, modules whose own parameters are all stacked by
-    expert, blocks with a ``ModuleList`` of experts, and what
+    expert, blocks with a ``ModuleList`` of experts (whose routing is found by running
+    them on random tokens, so they must have values), and what
     ``register_moe_adapter`` knows. ``automoe.explain(model)`` says what was done.
 
     Args:
@@ -125,17 +146,20 @@ def parallelize(
         ValueError: there are no experts, or some that this cannot handle; the text
             names each with its reason. The model is then as it was.
     """
+    register_if_imported()
     mesh = as_moe_mesh(mesh)
-    found = dict(_find(model, styles or {}, mesh, fully_shard_experts))
+    found = _find(model, styles or {}, mesh)
     options = {
         "mp_policy": mp_policy,
         "reshard_after_forward": reshard_after_forward,
         "offload_policy": offload_policy,
     }
-    for name, style in found.items():
-        module = model.get_submodule(name)
+    for name, (style, block) in found.items():
+        module = block.convert() if block else model.get_submodule(name)
         state = style.apply_to(module, mesh.ep, style.tp_mesh or mesh.tp)
-        _overlap_shared(model, name, style, state)
+        state.notes += [block.note] if block and block.note else []
+        outer = attach_lora(model, name, state, style.tp_mesh or mesh.tp)
+        _overlap_shared(model, outer, style, state)
         if fully_shard_experts:
             shard_experts(module, mesh, **options)
     if fully_shard_experts:
@@ -144,29 +168,37 @@ def parallelize(
 
 
 def _find(
-    model: nn.Module,
-    styles: Mapping[str, ExpertParallel | None],
-    mesh: MoEMesh,
-    fully_shard_experts: bool,
-) -> Iterator[tuple[str, ExpertParallel]]:
-    """Names and styles of all experts modules; raises before anything is changed."""
+    model: nn.Module, styles: Mapping[str, ExpertParallel | None], mesh: MoEMesh
+) -> dict[str, tuple[ExpertParallel, Block | None]]:
+    """Styles of all experts modules; raises before anything is changed."""
     default = ExpertParallel()
-    refused = {}
-    found = {}
-    for name, module in model.named_modules():
-        style = next(
-            (s for pattern, s in styles.items() if fnmatch.fnmatch(name, pattern)),
-            default,
+
+    def style_of(name: str) -> ExpertParallel | None:
+        matching = (
+            s for pattern, s in styles.items() if fnmatch.fnmatch(name, pattern)
         )
-        if style is None or any(name.startswith(f"{outer}.") for outer in found):
+        return next(matching, default)
+
+    found, refused, left_alone = {}, {}, []
+    for name, module in model.named_modules():
+        known = [*found, *refused, *left_alone]
+        if any(f"{name}.".startswith(f"{outer}.") for outer in known):
             continue
-        if find_adapter(module) is not None:
-            found[name] = style
-            reason = _why_not_here(module, mesh, fully_shard_experts)
-        else:
-            reason = why_not(module) if looks_like_experts(module) else None
+        block = find_block(module)
+        experts = ".".join(filter(None, (name, block.child))) if block else name
+        if style_of(name) is None or style_of(experts) is None:
+            left_alone += [experts] if block else []
+            continue
+        reason = None
+        if block is not None or find_adapter(module) is not None:
+            found[experts] = style_of(experts), block
+            module = model.get_submodule(experts)
+            reason = why_not_lora(model, experts, module)
+            reason = reason or _why_not_here(block, module, mesh)
+        elif looks_like_experts(module):
+            reason = why_not(module)
         if reason:
-            refused[name] = reason
+            refused[experts] = reason
     if refused:
         lines = "\n".join(
             f"  {name or '(the model)'} ({type(model.get_submodule(name)).__name__}): "
@@ -184,14 +216,10 @@ def _find(
             "expected modules with parameters that are stacked by expert, or lists "
             "of experts; automoe.register_moe_adapter teaches it other ones"
         )
-    yield from found.items()
+    return found
 
 
-def _why_not_here(
-    module: nn.Module, mesh: MoEMesh, fully_shard_experts: bool
-) -> str | None:
-    from torch_automoe.parallel.fsdp import expert_shard_dim
-
+def _why_not_here(block: Block | None, module: nn.Module, mesh: MoEMesh) -> str | None:
     if parallel_state(module) is not None:
         return "it is parallel already; call parallelize once"
     if isinstance(module, FSDPModule) or any(
@@ -199,19 +227,28 @@ def _why_not_here(
     ):
         return "its parameters are sharded already; call parallelize before fully_shard"
     try:
-        adapter = find_adapter(module)(module)
-        for name, parameter in adapter.expert_parameters(module).items():
-            expert_shard_dim(name, parameter, mesh.sparse)
+        if block is not None:
+            reason, parameters = block.why_not(), block.parameters
+        else:
+            adapter = find_adapter(module)(module)
+            reason = why_not_stackable(module) if is_container(module) else None
+            reason = reason or adapter.why_not(module, mesh.ep.size())
+            parameters = adapter.expert_parameters(module)
+        if reason is None:
+            for name, parameter in parameters.items():
+                expert_shard_dim(name, parameter, mesh.sparse)
     except ValueError as error:
         return str(error)
-    return None
+    return reason
 
 
 def looks_like_experts(module: nn.Module) -> bool:
     """Return whether somebody would expect ``parallelize`` to do something here."""
     name = type(module).__name__.lower()
-    return "experts" in name and any(
-        parameter.ndim == 3 for parameter in module.parameters(recurse=False)
+    return (
+        "experts" in name
+        and "shared" not in name
+        and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
     )
 
 
@@ -235,8 +272,14 @@ def _overlap_shared(
         return
     block = model.get_submodule(parent)
     shared = find_shared(block, child)
-    if shared is not None:
+    if shared is not None and not _is_tied(model, block.get_submodule(child)):
         state.shared = EarlyShared(block, shared)
+
+
+def _is_tied(model: nn.Module, module: nn.Module) -> bool:
+    """Return whether a module has several places, so that its caller is not known."""
+    places = model.named_modules(remove_duplicate=False)
+    return sum(other is module for _, other in places) > 1
 
 
 def explain(model: nn.Module) -> str:

@@ -60,10 +60,7 @@ def clip_grad_norm_(
     total = _sum_of_powers(grads, norm_type, size // stages)
     if distributed:
         device = grads[0].device if grads else torch.device("cpu")
-        total = total.to(device)
-        largest = math.isinf(norm_type)
-        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
-        dist.all_reduce(total, op, group)
+        total = _all_ranks(total.to(device), math.isinf(norm_type), group)
     norm = total if math.isinf(norm_type) else total ** (1.0 / norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(
@@ -91,6 +88,17 @@ def _sum_of_powers(grads: list[Tensor], norm_type: float, stage_size: int) -> Te
         return torch.zeros((), dtype=torch.float64)
     stacked = torch.stack(shares)
     return stacked.max() if largest else stacked.sum()
+
+
+def _all_ranks(total: Tensor, largest: bool, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum or maximum over the ranks; nan where one of them has nan."""
+    if not largest:
+        dist.all_reduce(total, dist.ReduceOp.SUM, group)
+        return total
+    # Backends may take any number for larger than nan.
+    pair = torch.stack([total.nan_to_num(nan=0.0, posinf=math.inf), total.isnan()])
+    dist.all_reduce(pair, dist.ReduceOp.MAX, group)
+    return torch.where(pair[1] > 0, math.nan, pair[0])
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

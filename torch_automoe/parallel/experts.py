@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from torch_automoe.balance.counts import add_once, count_tokens
 from torch_automoe.exchange import combine
 from torch_automoe.layer import dispatch_beside, moe, tie
 from torch_automoe.parallel.adapters import (
     Call,
     MoEAdapter,
     ReceivedRows,
-    original_forward,
+    touch,
 )
 from torch_automoe.parallel.shared import EarlyShared
 from torch_automoe.routing import plan
@@ -40,7 +41,7 @@ class ParallelExperts:
         shared: a shared expert that is run while tokens travel, or None.
         counts: (E,) int64, tokens that this rank has sent to each expert in training;
             None until somebody asks (``count_tokens``).
-        deltas: parameter name -> what is added to this rank's part of it.
+        deltas: parameter name -> what makes of this rank's part of it what is used.
         notes: what was done, for ``explain``.
     """
 
@@ -50,7 +51,7 @@ class ParallelExperts:
     num_chunks: int | str = "auto"
     shared: EarlyShared | None = None
     counts: Tensor | None = None
-    deltas: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    deltas: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -67,39 +68,61 @@ class ParallelExperts:
         """Run the module on the tokens of this rank; collective over ``group``."""
         call = self.adapter.read_call(module, args, kwargs)
         num_tokens = call.x.shape[0]
+        # Of all tokens that this rank has, as the block will ask for it.
+        overlap = call.overlap
+        if self.shared is not None and not torch.compiler.is_compiling():
+            overlap = self.shared.begin(_as_called(call.x, [*args, *kwargs.values()]))
         if self.tp is not None:
             call = self._own_part(call)
         self._count(module, call.topk_ids)
-        out = self._exchange(module, call)
+        out = self._exchange(module, call, overlap)
         if self.tp is not None:
             out = _from_parts(out, self.tp, num_tokens)
+        if not torch.compiler.is_compiling() and out._is_view():
+            # Blocks add to the result in place, and on a view that would drop the hook
+            # by which FSDP knows of the backward.
+            out = torch.ops.aten._unsafe_view(out, out.shape)
         return call.finish(out)
 
-    def _exchange(self, module: nn.Module, call: Call) -> Tensor:
-        parameters = self._local_parameters(module)
-        overlap = self.shared.begin(call.x) if self.shared else None
-        num_experts = self.adapter.num_experts
-
-        def experts(rows: Tensor, offsets: Tensor) -> Tensor:
-            received = ReceivedRows(rows, None, offsets)
-            return self.adapter.compute(module, received, parameters)
-
+    def _exchange(
+        self, module: nn.Module, call: Call, overlap: Callable[[], None] | None
+    ) -> Tensor:
+        compute = self._own_experts(module)
+        num_experts, train = self.adapter.num_experts, self._need_grad(module)
         if not self.adapter.weighs_rows:
             return moe(
                 call.x,
                 call.topk_ids,
                 call.topk_weights,
-                experts,
+                lambda rows, offsets: compute(rows, None, offsets),
                 self.group,
                 num_experts=num_experts,
                 num_chunks=self.num_chunks,
                 overlap=overlap,
+                experts_need_grad=train,
             )
         whole = plan(call.topk_ids, num_experts=num_experts, group=self.group)
         rows, weights = dispatch_beside(call.x, call.topk_weights, whole, overlap)
-        received = ReceivedRows(rows, weights, whole.offsets)
-        out = tie(self.adapter.compute(module, received, parameters), rows)
-        return combine(out, whole)
+        return combine(tie(compute(rows, weights, whole.offsets), rows, train), whole)
+
+    def _need_grad(self, module: nn.Module) -> bool:
+        parameters = self.adapter.expert_parameters(module).values()
+        return bool(self.deltas) or any(p.requires_grad for p in parameters)
+
+    def _own_experts(
+        self, module: nn.Module
+    ) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
+        """What the experts of this rank make of (rows, weights of rows, offsets)."""
+        parameters = self._local_parameters(module)
+        first = self.local_experts.start
+
+        def compute(rows: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
+            if offsets.shape[0] == 0:  # no expert is here, so no row either
+                return touch(rows, *parameters.values())
+            received = ReceivedRows(rows, weights, offsets, first)
+            return self.adapter.compute(module, received, parameters)
+
+        return compute
 
     def _local_parameters(self, module: nn.Module) -> dict[str, Tensor]:
         parameters = {
@@ -107,7 +130,7 @@ class ParallelExperts:
             for name, parameter in self.adapter.expert_parameters(module).items()
         }
         for name, delta in self.deltas.items():
-            parameters[name] = parameters[name] + delta()
+            parameters[name] = delta(parameters[name])
         return parameters
 
     def _own_part(self, call: Call) -> Call:
@@ -121,23 +144,15 @@ class ParallelExperts:
             call.finish,
         )
 
-    @torch.no_grad()
     def _count(self, module: nn.Module, topk_ids: Tensor) -> None:
-        if self.counts is None or not module.training or in_recompute():
-            return
-        ids = topk_ids.flatten()
-        self.counts += torch.bincount(ids[ids >= 0], minlength=self.adapter.num_experts)
+        if self.counts is not None and module.training:
+            add_once(self.counts, count_tokens(topk_ids, self.adapter.num_experts))
 
     def count_tokens(self) -> Tensor:
         """Begin to count, and return ``counts``."""
         if self.counts is None:
             self.counts = torch.zeros(self.adapter.num_experts, dtype=torch.int64)
         return self.counts
-
-
-def in_recompute() -> bool:
-    """Return whether this forward is one that activation checkpointing repeats."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def make_parallel(module: nn.Module, state: ParallelExperts) -> None:
@@ -151,7 +166,8 @@ def make_parallel(module: nn.Module, state: ParallelExperts) -> None:
             parameter.data, state.ep, [Shard(0)], src_data_rank=None
         )
         sharded = nn.Parameter(part, requires_grad=parameter.requires_grad)
-        module.register_parameter(name, sharded)
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner).register_parameter(leaf, sharded)
     module.__dict__[_STATE] = state
     module.__class__ = _parallel_class(type(module))
 
@@ -189,12 +205,31 @@ def _parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
 
         members = {
             "forward": forward,
+            "parametrizations": property(_refuse_parametrization),
             "_automoe_original": cls,
             "__module__": cls.__module__,
             "__doc__": cls.__doc__,
         }
         _classes[cls] = type(cls.__name__, (cls,), members)
     return _classes[cls]
+
+
+def _refuse_parametrization(module: nn.Module) -> None:
+    # Asked for by whoever is about to swap a parameter: torch, or PEFT for LoRA.
+    raise ValueError(
+        f"{type(module).__name__} is parallel already, so its parameters cannot be "
+        "wrapped or swapped: apply PEFT, and what else parametrizes them, before "
+        "automoe.parallelize"
+    )
+
+
+def _as_called(x: Tensor, arguments: list[Any]) -> Tensor:
+    """The tokens in the shape that the block has them in, as it matters to hooks."""
+    for tensor in arguments:
+        same_size = isinstance(tensor, Tensor) and tensor.numel() == x.numel()
+        if same_size and tensor.data_ptr() == x.data_ptr():
+            return tensor
+    return x
 
 
 def _own_part(tensor: Tensor, tp: DeviceMesh) -> Tensor:
@@ -216,14 +251,3 @@ def _from_parts(part: Tensor, tp: DeviceMesh, num_rows: int) -> Tensor:
     )
     whole = whole.redistribute(placements=[Replicate()])
     return whole.to_local(grad_placements=[Replicate()])
-
-
-__all__ = [
-    "ParallelExperts",
-    "chunk_of",
-    "in_recompute",
-    "local_part",
-    "make_parallel",
-    "original_forward",
-    "parallel_state",
-]

@@ -140,8 +140,11 @@ def set_gradient_divide_factors(
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
-        if factor is None and not _holds_experts(module):
+        holds_experts = _holds_experts(module)
+        if factor is None and not holds_experts:
             continue
+        if holds_experts:
+            _leave_out_empty(module)
         for group in _parameter_groups(module):
             _set_factor(group, factor or float(mesh.data_parallel_size))
 
@@ -164,11 +167,38 @@ def _set_factor(group: Any, factor: float) -> None:
     )
 
 
+def _leave_out_empty(unit: FSDPModule) -> None:
+    """Have a rank without experts keep its empty parts, and FSDP leave them alone.
+
+    FSDP cannot reduce gradients of no elements (torch 2.11 to 2.14). The ranks beside
+    this one have no experts either, so none of them waits for it.
+    """
+    for group in _parameter_groups(unit):
+        if any(math.prod(p._orig_size) for p in group.fsdp_params):
+            continue
+        for parameter in group.fsdp_params:
+            # FSDP has set the dimension that it shards to 0, but the parts of all
+            # ranks have the same shape behind dimension 0.
+            size = list(parameter._orig_size)
+            size[parameter.fsdp_placement.dim] //= group.mesh_info.shard_mesh_size
+            part = parameter.sharded_param._local_tensor
+            parameter.sharded_param._local_tensor = part.new_empty(size)
+        _remove_group(unit, group)
+
+
+def _remove_group(unit: FSDPModule, group: Any) -> None:
+    state = unit._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        state._fsdp_param_groups.remove(group)
+    else:
+        state._fsdp_param_group = None
+
+
 def _parameter_groups(unit: FSDPModule) -> list[Any]:
     """FSDP's groups of the parameters of a unit; torch < 2.13 has one at most."""
     state = unit._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
-        return state._fsdp_param_groups
+        return list(state._fsdp_param_groups)
     return [state._fsdp_param_group] if state._fsdp_param_group else []
 
 

@@ -22,8 +22,8 @@ class MoEMesh:
     """The ranks of a job as the parts of an MoE model see them.
 
     Attributes:
-        dense: for ``fully_shard`` of everything but experts: ("fsdp",), or
-            ("dp_replicate", "fsdp"); fsdp = dp_shard * cp.
+        dense: for ``fully_shard`` of everything but experts: the dp_shard * cp ranks,
+            or two axes, dp_replicate and these.
         sparse: for ``fully_shard`` of experts: ("efsdp",), or
             ("dp_replicate", "efsdp").
         ep: ranks that share the experts of a layer.
@@ -161,12 +161,13 @@ def _dense_view(
     dense: DeviceMesh, cp: int, dp_replicate: int, overrides: dict[str, Any]
 ) -> DeviceMesh:
     if cp == 1:
-        shard = "dp_shard"
+        shard = dense["dp_shard"]
     else:
-        shard = "fsdp"
         override = overrides.get("dp_shard")
-        dense["dp_shard", "cp"]._flatten(shard, backend_override=override)
-    return dense["dp_replicate", shard] if dp_replicate > 1 else dense[shard]
+        shard = dense["dp_shard", "cp"]._flatten("fsdp", backend_override=override)
+    if dp_replicate == 1:
+        return shard
+    return DeviceMesh._concatenate([dense["dp_replicate"], shard])
 
 
 def as_moe_mesh(mesh: MoEMesh | DeviceMesh) -> MoEMesh:
@@ -205,5 +206,5 @@ def as_moe_mesh(mesh: MoEMesh | DeviceMesh) -> MoEMesh:
             f'mesh has the axes {names}, expected an axis "dp" between them'
         )
     flat = mesh[(*shard, "ep")]._flatten("dense")
-    dense = mesh["dp_replicate", "dense"] if replicate else flat
+    dense = DeviceMesh._concatenate([mesh["dp_replicate"], flat]) if replicate else flat
     return MoEMesh(dense=dense, sparse=mesh[others], ep=mesh["ep"])

@@ -77,8 +77,17 @@ def find_shared(block: nn.Module, experts: str) -> nn.Module | None:
     for name in _NAMES:
         child = getattr(block, name, None)
         if isinstance(child, nn.Module) and any(True for _ in child.parameters()):
-            return child if _calls_in_order(block, experts, name) else None
+            fits = _takes_tokens_alone(child) and _calls_in_order(block, experts, name)
+            return child if fits else None
     return None
+
+
+def _takes_tokens_alone(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    needed = [
+        p for p in parameters if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+    ]
+    return len(needed) == 1
 
 
 def _calls_in_order(block: nn.Module, first: str, second: str) -> bool:
