@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One all-to-all between two ranks, without importing the package, then the operators.
+"""One all-to-all between two ranks, without importing the package, then the rest of it.
 
 A torchrun script:
 
 torchrun --nproc-per-node 2 tests/smoke_two_ranks.py
 """
 
+import copy
+
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 
 def main() -> None:
@@ -34,10 +37,12 @@ def main() -> None:
     if not torch.equal(received, expected):
         raise AssertionError(f"rank {rank} received {received}, expected {expected}")
     use_operators(rank, world_size)
+    for one_unit in (False, True):
+        parallelize_layer(one_unit)
     dist.destroy_process_group()
     print(
         f"rank {rank} of {world_size}: all_to_all_single is right, and so are plan, "
-        "dispatch, combine and their gradients",
+        "dispatch, combine and their gradients, and a layer of parallel experts",
         flush=True,
     )
 
@@ -59,6 +64,31 @@ def use_operators(rank: int, world_size: int) -> None:
     ]:
         if not torch.equal(got, torch.full((3, 4), expected)):
             raise AssertionError(f"rank {rank}: {name} is {got}, expected {expected}")
+
+
+def parallelize_layer(one_unit: bool) -> None:
+    """Compare a layer whose experts lie on all ranks with the same on one."""
+    import torch_automoe as automoe
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    layer = automoe.MoE(8, automoe.Experts(4, 8, 16), num_experts=4, top_k=2)
+    alone = copy.deepcopy(layer)
+    inputs = torch.randn(world_size, 2, 3, 8)
+    outputs = [alone(x) for x in inputs]
+    (torch.stack(outputs).square().sum() / world_size).backward()
+
+    mesh = automoe.init_moe_mesh("cpu", ep=world_size)
+    automoe.parallelize(layer, mesh, fully_shard_experts=not one_unit)
+    place = automoe.shard_placement_fn(mesh) if one_unit else None
+    fully_shard(layer, mesh=mesh.dense, shard_placement_fn=place)
+    automoe.set_gradient_divide_factors(layer, mesh)
+    out = layer(inputs[rank])
+    out.square().sum().backward()
+    torch.testing.assert_close(out, outputs[rank])
+    expected = dict(alone.named_parameters())
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name].grad)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch_automoe.exchange import permute, unpermute
 from torch_automoe.grouped import grouped_mm
 from torch_automoe.layer import moe
+from torch_automoe.parallel.experts import parallel_state
 from torch_automoe.router import Router
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -120,8 +121,9 @@ class MoE(nn.Module):
     """Router, experts and the exchange between them; a plain module.
 
     Without a group, or with one of size 1, everything happens on this rank, and
-    ``torch.distributed`` need not be initialised. With one, forward and backward are
-    collective over it: each rank passes its own tokens and owns a part of the experts.
+    ``torch.distributed`` need not be initialised. ``torch_automoe.parallelize`` puts
+    the experts on several ranks. So does a group whose ranks own a part of the experts
+    each: forward and backward are collective over it, on each rank's own tokens.
 
     Attributes:
         router, experts, shared_experts: as given.
@@ -182,7 +184,8 @@ class MoE(nn.Module):
         out = self.run_experts(tokens, topk_ids, topk_weights, overlap)
         if overlap is not None and not shared:  # traced, where nothing overlaps
             overlap()
-        out = out.view(x.shape)
+        # Not a view, on which FSDP could lose its hook (see ParallelExperts.forward).
+        out = torch.ops.aten._unsafe_view(out, x.shape)
         return out + shared[0] if shared else out
 
     def run_experts(
@@ -203,6 +206,8 @@ class MoE(nn.Module):
         Returns:
             (T, D): weighted sums of the experts' rows.
         """
+        if parallel_state(self.experts) is not None:
+            return self.experts(tokens, topk_ids, topk_weights, overlap=overlap)
         if self.group is not None and self.group.size() > 1:
             return moe(
                 tokens,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -27,6 +27,17 @@ class ModelConfig:
     expert_dim: int
 
 
+BYTE_MOE = "byte_moe"
+PRESETS = {
+    "tiny": ModelConfig(
+        dim=128, layers=2, heads=4, num_experts=8, top_k=2, expert_dim=128
+    ),
+    "small": ModelConfig(
+        dim=256, layers=4, heads=8, num_experts=16, top_k=4, expert_dim=128
+    ),
+}
+
+
 def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -42,6 +53,22 @@ class TrainConfig:
         metavar="FILE|DIR",
     )
     backend: str = _option("automoe", "process group backend of all groups")
+    model: str = _option(
+        BYTE_MOE,
+        "byte_moe, the model of this program, or a model type of transformers, trained "
+        "as it is: qwen3_moe, mixtral, olmoe, deepseek_v3, gpt_oss, ...",
+    )
+    preset: str = _option(
+        "tiny",
+        "sizes of the model where the options below do not say otherwise",
+        choices=tuple(PRESETS),
+    )
+    hf: str = _option(
+        "",
+        "config.json of a model of transformers, with its own sizes; the options "
+        "below for sizes do not count",
+        metavar="FILE",
+    )
     steps: int = _option(300, "optimizer steps")
     batch: int = _option(8, "sequences per step, over all ranks")
     seq_len: int = _option(128, "bytes per sequence")
@@ -85,7 +112,7 @@ class TrainConfig:
     json: bool = _option(False, "print JSON lines instead of text")
 
     @property
-    def model(self) -> ModelConfig:
+    def sizes(self) -> ModelConfig:
         """The sizes of the model."""
         return ModelConfig(
             **{name: getattr(self, name) for name in ModelConfig.__annotations__}
@@ -133,18 +160,11 @@ class TrainConfig:
         _expect(self.lr > 0, "lr", self.lr, "more than 0")
         _expect(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
         _expect(self.prompt != "", "prompt", repr(self.prompt), "at least one byte")
-        _expect(
-            self.top_k <= self.num_experts,
-            "top_k",
-            self.top_k,
-            f"at most --num-experts {self.num_experts}",
-        )
-        _expect(
-            self.dim % (2 * self.heads) == 0,
-            "dim",
-            self.dim,
-            f"a multiple of 2 * --heads = {2 * self.heads}",
-        )
+        _expect(self.preset in PRESETS, "preset", self.preset, f"one of {[*PRESETS]}")
+        if self.hf:
+            _expect(self.model == BYTE_MOE, "model", self.model, "nothing beside --hf")
+        else:
+            self._check_sizes(world_size)
         _expect(
             self.batch % world_size == 0,
             "batch",
@@ -164,8 +184,24 @@ class TrainConfig:
             self.ep,
             f"a divisor of the number of ranks, {world_size}",
         )
+
+    def _check_sizes(self, world_size: int) -> None:
+        """Raise UsageError if sizes do not fit together, or do not fit the ranks."""
+        _expect(
+            self.top_k <= self.num_experts,
+            "top_k",
+            self.top_k,
+            f"at most --num-experts {self.num_experts}",
+        )
+        _expect(
+            self.dim % (2 * self.heads) == 0,
+            "dim",
+            self.dim,
+            f"a multiple of 2 * --heads = {2 * self.heads}",
+        )
+        ep = self.ep or world_size
         efsdp = world_size // ep
-        if efsdp == 1:
+        if world_size % ep or efsdp == 1:
             return
         # FSDP shards each expert over the ranks beside ep: evenly, and it must
         # find an expert on every rank.
@@ -205,6 +241,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         if isinstance(option.default, bool):
             parser.add_argument(_flag(option.name), action="store_true", help=text)
             continue
+        default = option.default
+        if option.name in ModelConfig.__annotations__:
+            default = None
+            by_preset = [getattr(sizes, option.name) for sizes in PRESETS.values()]
+            text += f" (default: {', '.join(map(str, by_preset))}, by --preset)"
         if option.default != "" and "default" not in text:
             shown = (
                 repr(option.default) if " " in str(option.default) else option.default
@@ -215,7 +256,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             _flag(option.name),
             type=type(option.default),
-            default=option.default,
+            default=default,
             help=text,
             **metadata,
         )
@@ -223,4 +264,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config_from_args(args: argparse.Namespace) -> TrainConfig:
     """Pick the fields of ``TrainConfig`` out of parsed arguments."""
-    return TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+    sizes = asdict(PRESETS[args.preset])
+    values |= {name: sizes[name] for name in sizes if values[name] is None}
+    return TrainConfig(**values)

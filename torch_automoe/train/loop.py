@@ -15,7 +15,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+import torch_automoe as automoe
 from torch_automoe.balance.metrics import load_balance_stats
+from torch_automoe.parallel.experts import parallel_state
 from torch_automoe.router import balance_losses, set_balance_loss_scale
 from torch_automoe.train.checkpoint import (
     load_checkpoint,
@@ -24,7 +26,7 @@ from torch_automoe.train.checkpoint import (
     save_checkpoint,
     shared_run_dir,
 )
-from torch_automoe.train.config import TrainConfig, UsageError
+from torch_automoe.train.config import BYTE_MOE, TrainConfig, UsageError
 from torch_automoe.train.data import (
     Text,
     held_out_windows,
@@ -41,13 +43,12 @@ from torch_automoe.train.model import ByteMoE, generate, init_weights
 from torch_automoe.train.moe import TimedBiasUpdate
 from torch_automoe.train.optimizer import build_optimizer, learning_rate
 from torch_automoe.train.parallel import (
-    TrainMesh,
     clip_grad_norm_,
-    init_train_mesh,
     parallelize,
     release_groups,
 )
-from torch_automoe.train.timing import all_reduce, comm_timer, time_fsdp_collectives
+from torch_automoe.train.stock import StockModel, make_stock_model
+from torch_automoe.train.timing import all_reduce, comm_timer
 
 
 def train(config: TrainConfig) -> None:
@@ -75,11 +76,11 @@ class Run:
         self.text = text
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         check_same_text(text)
-        self.mesh = init_train_mesh(config.ep or self.world_size)
+        self.mesh = automoe.init_moe_mesh("cpu", ep=config.ep or self.world_size)
         self.model = build_model(config, self.mesh)
         self.optimizer = build_optimizer(self.model, config)
         self.balance = TimedBiasUpdate(
-            self.model, self.optimizer, config.bias_update_rate
+            automoe.routed_layers(self.model), self.optimizer, config.bias_update_rate
         )
         self.run_dir = shared_run_dir(config.run_dir, config.resume)
         self.checkpoint_dir = Path(
@@ -212,7 +213,8 @@ class Run:
             context=config.seq_len,
             temperature=config.temperature,
             seed=config.seed,
-            rows=int(self.rank == 0),
+            # The models of transformers want a text to work on.
+            rows=1 if isinstance(self.model, StockModel) else int(self.rank == 0),
         )
         self.model.train()
         return written.decode(errors="replace")
@@ -223,14 +225,19 @@ class Run:
             content = json.dumps(asdict(config), indent=1) + "\n"
             (self.run_dir / "config.json").write_text(content)
         num_parameters = sum(p.numel() for p in self.model.parameters())
+        counts = [
+            state.adapter.num_experts
+            for state in map(parallel_state, self.model.modules())
+            if state is not None
+        ]
         self.log.note(f"text: {text.source}, {len(text.train):,} bytes")
         self.log.note(
-            f"model: {num_parameters:,} parameters, {config.layers} layers of "
-            f"{config.num_experts} experts, top-{config.top_k}"
+            f"model: {config.hf or config.model}, {num_parameters:,} parameters, "
+            f"{len(counts)} layers of {counts[0]} experts"
         )
         self.log.note(
             f"ranks: {self.world_size} on backend {config.backend}, "
-            f"ep {self.mesh.ep.size()} x efsdp {self.mesh.efsdp.size()}"
+            f"ep {self.mesh.ep.size()} x efsdp {self.mesh.sparse.size()}"
         )
         if self.first_step:
             left = max(config.steps - self.first_step, 0)
@@ -267,7 +274,9 @@ class Run:
             "batch": config.batch,
             "seq_len": config.seq_len,
             "text_crc32": self.text.crc32,
-            **asdict(config.model),
+            "model": config.model,
+            "hf": config.hf,
+            **({} if config.hf else asdict(config.sizes)),
         }
 
     def _start_afresh(self) -> int:
@@ -297,21 +306,27 @@ class Run:
         return saved["step"]
 
 
-def build_model(config: TrainConfig, mesh: TrainMesh) -> ByteMoE:
+def build_model(config: TrainConfig, mesh: automoe.MoEMesh) -> ByteMoE | StockModel:
     """The parallel model of this rank."""
-    model = ByteMoE(config.model, config.aux_loss_coef)
     mp_policy = MixedPrecisionPolicy()
+    if config.hf or config.model != BYTE_MOE:
+        model = make_stock_model(config)
+    else:
+        model = ByteMoE(config.sizes, config.aux_loss_coef)
     if config.dtype == "float64":
         model = model.double()
     elif config.dtype == "bfloat16":
         mp_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
         )
-    # The loss is a mean over layers and over the sequences of all ranks.
-    set_balance_loss_scale(model, 1 / (config.layers * dist.get_world_size()))
-    init_weights(model, config.seed)
-    parallelize(model, mesh, mp_policy)
-    time_fsdp_collectives(model)
+    if isinstance(model, ByteMoE):
+        # The loss is a mean over layers and over the sequences of all ranks.
+        set_balance_loss_scale(model, 1 / (config.layers * dist.get_world_size()))
+        init_weights(model, config.seed)
+    try:
+        parallelize(model, list(model.blocks), mesh, mp_policy)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return model
 
 
@@ -326,12 +341,10 @@ def check_same_text(text: Text) -> None:
         )
 
 
-def explain_exchange(mesh: TrainMesh) -> str:
+def explain_exchange(mesh: automoe.MoEMesh) -> str:
     """Which exchange the expert-parallel group uses, and why."""
     group = mesh.ep.get_group()
     backend = dist.get_backend(group)
     if backend != "automoe":
         return f"left to backend {backend}"
-    import torch_automoe
-
-    return torch_automoe.explain_exchange(group)
+    return automoe.explain_exchange(group)

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torch_automoe.moe_module import Experts
+from torch_automoe.moe_module import Experts, MoE
 from torch_automoe.router import Router
 from torch_automoe.train.config import ModelConfig
-from torch_automoe.train.moe import TimedMoE
 
 VOCAB_SIZE = 256
 # A position is embedded from its byte and the three before it. Single bytes say
@@ -51,7 +50,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim)
         self.attention = Attention(config.dim, config.heads)
         self.moe_norm = nn.RMSNorm(config.dim)
-        self.moe = TimedMoE(
+        self.moe = MoE(
             config.dim,
             Experts(config.num_experts, config.dim, config.expert_dim),
             router=Router(config.dim, **sizes, seq_aux_loss_coef=aux_loss_coef),
@@ -156,7 +155,7 @@ def generate(
         window = torch.zeros(rows, size, dtype=torch.int64)
         if rows:
             window[:] = torch.tensor(text[-size:])
-        logits = model(window)[:, -1].double()
+        logits = model(window)[:, -1, :VOCAB_SIZE].double()
         if rows:
             text.append(_sample(logits[0], temperature, generator))
     return bytes(text)

@@ -1,35 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library's layer and bias update, with the time that their exchanges take."""
+"""The library's experts and bias update, with the time that their exchanges take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 import torch_automoe as automoe
+from torch_automoe.layer import tie
+from torch_automoe.parallel.adapters import Call
+from torch_automoe.parallel.experts import ParallelExperts, parallel_state
 from torch_automoe.train.exchange import combine, dispatch, plan
 from torch_automoe.train.timing import comm_timer
 
 
-class TimedMoE(automoe.MoE):
-    """``automoe.MoE`` whose exchanges count as communication.
+class TimedExperts(ParallelExperts):
+    """Experts on several ranks whose exchanges count as communication."""
 
-    ``group`` is the expert-parallel group; ``parallelize`` sets it.
-    """
-
-    def run_experts(
-        self,
-        tokens: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        overlap: Callable[[], None] | None = None,
+    def _exchange(
+        self, module: nn.Module, call: Call, overlap: Callable[[], None] | None
     ) -> torch.Tensor:
-        """plan, dispatch, experts, combine: (T, D), (T, K), (T, K) -> (T, D)."""
-        moe_plan = plan(topk_ids, self.num_experts, self.group)
-        recv_x, recv_weights = dispatch(tokens, topk_weights, moe_plan)
-        expert_out = self.experts(recv_x, moe_plan.offsets)
-        return combine(expert_out, recv_weights, moe_plan)
+        # Nothing overlaps here, so that the time of communication can be told.
+        compute = self._own_experts(module)
+        moe_plan = plan(call.topk_ids, self.adapter.num_experts, self.group)
+        rows, weights = dispatch(call.x, call.topk_weights, moe_plan)
+        weighs = self.adapter.weighs_rows
+        out = compute(rows, weights if weighs else None, moe_plan.offsets)
+        return combine(
+            tie(out, rows, self._need_grad(module)),
+            None if weighs else weights,
+            moe_plan,
+        )
+
+
+def time_experts(model: nn.Module) -> None:
+    """Count the time of the exchanges of all experts that lie on several ranks."""
+    for module in model.modules():
+        state = parallel_state(module)
+        if state is not None:
+            state.__class__ = TimedExperts
 
 
 class TimedBiasUpdate(automoe.ExpertBiasUpdate):
