@@ -158,7 +158,10 @@ def _make_transformers(options: argparse.Namespace) -> nn.Module:
 class StockExchange(ParallelExperts):
     """Rows expanded per pick through ``all_to_all_single``: what stock code sends."""
 
-    def _exchange(self, module: nn.Module, call: Call) -> Tensor:
+    def _exchange(
+        self, module: nn.Module, call: Call, overlap: Callable[[], None] | None
+    ) -> Tensor:
+        # A shared expert is run where the block asks for it: nothing travels beside.
         group, size = self.group, self.ep.size()
         each = -(-self.adapter.num_experts // size)
         picks = sort_picks(call.topk_ids)
@@ -185,7 +188,9 @@ class StockExchange(ParallelExperts):
 class NoExchange(StockExchange):
     """The experts of this rank work on its own tokens: as much work, no traffic."""
 
-    def _exchange(self, module: nn.Module, call: Call) -> Tensor:
+    def _exchange(
+        self, module: nn.Module, call: Call, overlap: Callable[[], None] | None
+    ) -> Tensor:
         each = -(-self.adapter.num_experts // self.ep.size())
         rows, how = automoe.permute(call.x, call.topk_ids % each, num_experts=each)
         rows = self._compute(module, rows, how.num_tokens_per_expert)

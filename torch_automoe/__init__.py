@@ -23,6 +23,7 @@ _LAZY = {
     "Plan": "torch_automoe.routing",
     "Router": "torch_automoe.router",
     "Topology": "torch_automoe.backend",
+    "as_moe_mesh": "torch_automoe.parallel.mesh",
     "attach_loss": "torch_automoe.balance.losses",
     "balance_losses": "torch_automoe.router",
     "checkpoint_policy": "torch_automoe.checkpoint",

@@ -25,7 +25,7 @@ def grouped_mm(
         bias: (e, O), added to the rows of each expert; or None.
 
     Returns:
-        (R, O); zeros for rows beyond the last offset, plus no bias.
+        (R, O); zeros for rows beyond the last offset.
     """
     device = rows.device.type
     dtype = weight.dtype
@@ -38,11 +38,11 @@ def grouped_mm(
 
 
 def rows_of_experts(values: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
-    """Give each row the value of its expert: (e, ...) -> (R, ...)."""
+    """Give each row the value of its expert, or zero: (e, ...) -> (R, ...)."""
     row = torch.arange(num_rows, device=offsets.device, dtype=offsets.dtype)
     expert = torch.searchsorted(offsets, row, right=True)
-    # Rows beyond the last offset are padding; they may have any value.
-    return values[expert.clamp(max=values.shape[0] - 1)]
+    # Rows beyond the last offset are padding: zeros.
+    return torch.cat([values, values.new_zeros(1, *values.shape[1:])])[expert]
 
 
 @torch.library.custom_op("automoe::grouped_mm", mutates_args=())

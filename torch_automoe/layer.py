@@ -205,7 +205,7 @@ def _choose_num_chunks(whole: Plan, xs: list[Tensor]) -> int:
     """Choose by what all ranks know, so that they choose the same."""
     facts = whole.facts
     others = min(whole.topk, facts.num_nodes - 1)
-    row_bytes = sum(x.element_size() * x[:0].flatten(1).shape[1] for x in xs)
+    row_bytes = sum(x.element_size() * x.shape[1:].numel() for x in xs)
     size = whole.group.size()
     total = facts.total_tokens * others * row_bytes // size
     return 1 + min(_MAX_CHUNKS - 1, total // _CHUNK_BYTES) if others else 1

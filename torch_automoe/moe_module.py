@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torch_automoe.exchange import permute, unpermute
 from torch_automoe.grouped import grouped_mm
 from torch_automoe.layer import moe
-from torch_automoe.parallel.experts import parallel_state
+from torch_automoe.parallel.experts import local_part, parallel_state
 from torch_automoe.router import Router
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -96,8 +95,8 @@ class Experts(nn.Module):
         Raises:
             ValueError: there are more or fewer offsets than experts of this rank.
         """
-        gate_up = _local(self.gate_up_proj).to(rows.dtype)
-        down = _local(self.down_proj).to(rows.dtype)
+        gate_up = local_part(self.gate_up_proj).to(rows.dtype)
+        down = local_part(self.down_proj).to(rows.dtype)
         if offsets.shape[0] != gate_up.shape[0]:
             raise ValueError(
                 f"offsets has {offsets.shape[0]} entries, expected "
@@ -218,11 +217,10 @@ class MoE(nn.Module):
                 num_experts=self.num_experts,
                 num_chunks=self.num_chunks,
                 overlap=overlap,
+                experts_need_grad=any(
+                    parameter.requires_grad for parameter in self.experts.parameters()
+                ),
             )
         rows, how = permute(tokens, topk_ids, num_experts=self.num_experts)
         rows = self.experts(rows, how.offsets)
         return unpermute(rows, how, topk_weights.flatten()[how.index])
-
-
-def _local(weight: Tensor) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -15,6 +15,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from torch_automoe.exchange import permute, unpermute
 from torch_automoe.grouped import grouped_mm, rows_of_experts
+from torch_automoe.parallel.stacked_probe import as_one_of_few, why_not_in_parts
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,10 @@ class StackedExperts(MoEAdapter):
     kind = "stacked parameters"
     weighs_rows = True
 
+    def why_not(self, module: nn.Module, ep: int) -> str | None:
+        """As ``MoEAdapter.why_not``: found out by running it."""
+        return why_not_in_parts(self, module)
+
     def compute(
         self, module: nn.Module, received: ReceivedRows, parameters: dict[str, Tensor]
     ) -> Tensor:
@@ -131,8 +136,22 @@ class StackedExperts(MoEAdapter):
         pair = [received.expert_ids[:, None], weights[:, None]]
         if not self._ids_first:
             pair.reverse()
-        with _reparametrize_module(module, parameters):
-            return original_forward(module)(module, rows, *pair)
+        return self._run(module, parameters, received, rows, *pair)
+
+    def _run(
+        self,
+        module: nn.Module,
+        parameters: dict[str, Tensor],
+        received: ReceivedRows,
+        *args: Tensor,
+    ) -> Tensor:
+        """Call the original forward with the experts of this rank in place."""
+        local = received.offsets.shape[0]
+        with (
+            _reparametrize_module(module, parameters),
+            as_one_of_few(module, self.num_experts, local),
+        ):
+            return original_forward(module)(module, *args)
 
     def read_call(self, module: nn.Module, args: tuple, kwargs: dict) -> Call:
         """As ``MoEAdapter.read_call``; remembers the order of the arguments."""
@@ -149,6 +168,10 @@ class SortedExperts(StackedExperts):
 
     kind = "stacked parameters, sorted rows"
     weighs_rows = False
+
+    def why_not(self, module: nn.Module, ep: int) -> str | None:
+        """As ``MoEAdapter.why_not``: rows have one expert each, nothing is summed."""
+        return None
 
     def read_call(self, module: nn.Module, args: tuple, kwargs: dict) -> Call:
         """As ``MoEAdapter.read_call``: one expert a row, rows beyond have none."""
@@ -179,8 +202,7 @@ class SortedExperts(StackedExperts):
         second = offsets
         if not self._takes_offsets(module):
             second = offsets.diff(prepend=offsets.new_zeros(1))
-        with _reparametrize_module(module, parameters):
-            return original_forward(module)(module, rows, second)
+        return self._run(module, parameters, received, rows, second)
 
     @staticmethod
     def _takes_offsets(module: nn.Module) -> bool:

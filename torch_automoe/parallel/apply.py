@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch.distributed as dist
 from torch import nn
@@ -42,8 +42,13 @@ class ExpertParallel(ParallelStyle):
     For ``parallelize_module(model, mesh["ep"], {"layers.*.mlp.experts":
     ExpertParallel()})``, or for ``automoe.parallelize(model, mesh, styles=...)``.
 
+    With ``parallelize_module``, ``fully_shard`` and the scale of gradients
+    (``set_gradient_divide_factors``) are left to the caller, shared experts are not run
+    early, and LoRA is not looked for.
+
     Args:
-        num_chunks: as ``automoe.moe`` takes it.
+        num_chunks: as ``automoe.moe`` takes it; for experts that weigh their rows
+            themselves (``explain`` says "in one chunk") it is always 1.
         tp_mesh: ranks that all hold the same tokens, as tensor parallelism without
             sequence parallelism leaves them: each then sends a part. ``parallelize``
             sets it to the mesh's tp unless ``tokens`` is "sharded".
@@ -61,6 +66,12 @@ class ExpertParallel(ParallelStyle):
         overlap_shared: bool = True,
     ) -> None:
         super().__init__()
+        if num_chunks != "auto" and not (
+            isinstance(num_chunks, int) and num_chunks >= 1
+        ):
+            raise ValueError(
+                f"num_chunks is {num_chunks!r}, expected 'auto' or a positive number"
+            )
         if tokens not in ("replicated", "sharded"):
             raise ValueError(
                 f'tokens is {tokens!r}, expected "replicated" or "sharded"'
@@ -179,15 +190,17 @@ def _find(
         )
         return next(matching, default)
 
-    found, refused, left_alone = {}, {}, []
+    _check_patterns(model, styles)
+    found, refused = {}, {}
+    known: set[str] = set()
     for name, module in model.named_modules():
-        known = [*found, *refused, *left_alone]
-        if any(f"{name}.".startswith(f"{outer}.") for outer in known):
+        if known and not known.isdisjoint(_outer_names(name)):
             continue
         block = find_block(module)
         experts = ".".join(filter(None, (name, block.child))) if block else name
         if style_of(name) is None or style_of(experts) is None:
-            left_alone += [experts] if block else []
+            if block:
+                known.add(experts)
             continue
         reason = None
         if block is not None or find_adapter(module) is not None:
@@ -199,17 +212,10 @@ def _find(
             reason = why_not(module)
         if reason:
             refused[experts] = reason
+        if experts in found or reason:
+            known.add(experts)
     if refused:
-        lines = "\n".join(
-            f"  {name or '(the model)'} ({type(model.get_submodule(name)).__name__}): "
-            f"{reason}"
-            for name, reason in refused.items()
-        )
-        raise ValueError(
-            f"parallelize cannot handle these modules:\n{lines}\nGive styles="
-            '{"NAME": None} to leave one alone, or write an adapter for it: '
-            "automoe.register_moe_adapter"
-        )
+        raise ValueError(_refusal(model, refused))
     if not found:
         raise ValueError(
             f"model is {type(model).__name__}, and no experts were found in it: "
@@ -217,6 +223,37 @@ def _find(
             "of experts; automoe.register_moe_adapter teaches it other ones"
         )
     return found
+
+
+def _refusal(model: nn.Module, refused: dict[str, str]) -> str:
+    lines = "\n".join(
+        f"  {name or '(the model)'} ({type(model.get_submodule(name)).__name__}): "
+        f"{reason}"
+        for name, reason in refused.items()
+    )
+    return (
+        f"parallelize cannot handle these modules:\n{lines}\nGive styles="
+        '{"NAME": None} to leave one alone, or write an adapter for it: '
+        "automoe.register_moe_adapter"
+    )
+
+
+def _check_patterns(model: nn.Module, styles: Mapping[str, object]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in styles:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"styles names {pattern!r}, which no module of {type(model).__name__} "
+                f"is called; its modules are {', '.join(names[1:6])}, ..."
+            )
+
+
+def _outer_names(name: str) -> Iterator[str]:
+    """A name and those of all modules around it: a.b, a and the model."""
+    yield name
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _why_not_here(block: Block | None, module: nn.Module, mesh: MoEMesh) -> str | None:
@@ -305,6 +342,8 @@ def _explain_one(module: nn.Module, state: ParallelExperts) -> str:
         f"has {own}",
         f"backend {dist.get_backend(state.group)}",
     ]
+    if state.adapter.weighs_rows:
+        parts.append("in one chunk, as it weighs its rows itself")
     if isinstance(module, FSDPModule):
         parts.append("fully_shard over the ranks beside ep")
     if state.tp is not None:

@@ -38,7 +38,7 @@ def clip_grad_norm_(
         max_norm: math.inf only measures.
         norm_type: p of the norm; math.inf is the largest absolute value.
         error_if_nonfinite: raise if the norm is nan or infinite.
-        foreach: use the fused implementation; default: where the device has one.
+        foreach: False scales gradients one by one; default: all at once.
         mesh: needed with pipeline stages, so that their number is known.
         group: all ranks of the model; default: the default group.
 
@@ -53,13 +53,14 @@ def clip_grad_norm_(
         parameters = parameters.parameters()
     elif isinstance(parameters, Tensor):
         parameters = [parameters]
+    parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     distributed = dist.is_initialized()
     size = dist.get_world_size(group) if distributed else 1
     stages = mesh.pp.size() if mesh is not None and mesh.pp is not None else 1
     total = _sum_of_powers(grads, norm_type, size // stages)
     if distributed:
-        device = grads[0].device if grads else torch.device("cpu")
+        device = parameters[0].device if parameters else torch.device("cpu")
         total = _all_ranks(total.to(device), math.isinf(norm_type), group)
     norm = total if math.isinf(norm_type) else total ** (1.0 / norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):

@@ -89,8 +89,10 @@ class ListExperts(MoEAdapter):
             if end > start:
                 outputs.append(call(received.rows[start:end]))
             start = end
-        out = torch.cat(outputs) if outputs else received.rows
-        return touch(out, *parameters.values())
+        if outputs:
+            # Parameters of the others have a gradient of zero, as parts of the same.
+            return torch.cat(outputs)
+        return touch(received.rows, *parameters.values())
 
 
 class ContainerExperts(ListExperts):
@@ -134,8 +136,7 @@ class ContainerExperts(ListExperts):
         if not self._ids_first:
             pair.reverse()
         with _experts_as_children(module, parameters, first):
-            out = original_forward(module)(module, rows, *pair)
-        return touch(out, *parameters.values())
+            return original_forward(module)(module, rows, *pair)
 
 
 def experts_of(module: nn.Module) -> dict[str, nn.Module]:

@@ -87,8 +87,8 @@ class ParallelExperts:
     def _exchange(
         self, module: nn.Module, call: Call, overlap: Callable[[], None] | None
     ) -> Tensor:
-        compute = self._own_experts(module)
-        num_experts, train = self.adapter.num_experts, self._need_grad(module)
+        compute, train = self._own_experts(module)
+        num_experts = self.adapter.num_experts
         if not self.adapter.weighs_rows:
             return moe(
                 call.x,
@@ -105,14 +105,13 @@ class ParallelExperts:
         rows, weights = dispatch_beside(call.x, call.topk_weights, whole, overlap)
         return combine(tie(compute(rows, weights, whole.offsets), rows, train), whole)
 
-    def _need_grad(self, module: nn.Module) -> bool:
-        parameters = self.adapter.expert_parameters(module).values()
-        return bool(self.deltas) or any(p.requires_grad for p in parameters)
-
     def _own_experts(
         self, module: nn.Module
-    ) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
-        """What the experts of this rank make of (rows, weights of rows, offsets)."""
+    ) -> tuple[Callable[[Tensor, Tensor | None, Tensor], Tensor], bool]:
+        """What the experts of this rank make of (rows, weights of rows, offsets).
+
+        And whether any of their parameters needs a gradient, as on all ranks.
+        """
         parameters = self._local_parameters(module)
         first = self.local_experts.start
 
@@ -120,9 +119,11 @@ class ParallelExperts:
             if offsets.shape[0] == 0:  # no expert is here, so no row either
                 return touch(rows, *parameters.values())
             received = ReceivedRows(rows, weights, offsets, first)
-            return self.adapter.compute(module, received, parameters)
+            # Ranks have to agree about the type, also those without a row, which do
+            # not hear what autocast makes of it.
+            return self.adapter.compute(module, received, parameters).to(rows.dtype)
 
-        return compute
+        return compute, any(p.requires_grad for p in parameters.values())
 
     def _local_parameters(self, module: nn.Module) -> dict[str, Tensor]:
         parameters = {
@@ -151,7 +152,9 @@ class ParallelExperts:
     def count_tokens(self) -> Tensor:
         """Begin to count, and return ``counts``."""
         if self.counts is None:
-            self.counts = torch.zeros(self.adapter.num_experts, dtype=torch.int64)
+            self.counts = torch.zeros(
+                self.adapter.num_experts, dtype=torch.int64, device=self.ep.device_type
+            )
         return self.counts
 
 

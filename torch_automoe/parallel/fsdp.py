@@ -111,7 +111,7 @@ def shard_placement_fn(
         if not (isinstance(parameter, DTensor) and parameter.device_mesh == mesh.ep):
             return None
         dim = expert_shard_dim("", parameter, mesh.sparse)
-        if mesh.ep.size() == 1:
+        if mesh.ep.size() == 1 and mesh.tp is None:
             return Shard(dim)  # the same ranks as those of other parameters
         return ShardPlacementResult(placement=Shard(dim), mesh_info=info)
 
@@ -137,6 +137,8 @@ def set_gradient_divide_factors(
             loss that is divided by the tokens of all ranks.
     """
     mesh = as_moe_mesh(mesh)
+    if factor is not None and factor <= 0:
+        raise ValueError(f"factor is {factor}, expected None or a positive number")
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue

@@ -8,6 +8,7 @@ saves one. Its conversions are used here as they are, a few tensors at a time.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -163,10 +164,8 @@ def sources(
     return list(found.values()), rest
 
 
-def ignored_in_files(model: nn.Module, names: Iterable[str]) -> list[str]:
+def unexpected_in_files(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Of names that files have and the model has not, those that should be there."""
-    import re
-
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     return [name for name in names if not any(re.search(p, name) for p in patterns)]
 
@@ -194,25 +193,40 @@ def plain_name(name: str) -> str:
 
 
 @torch.no_grad()
-def reset_unsaved_buffers(model: nn.Module) -> None:
+def reset_unsaved_buffers(model: nn.Module, *, garbage: bool) -> None:
     """Compute buffers that files do not hold, as those of rotary embeddings.
 
     Modules that have such buffers are initialised; their parameters too, so load those
     afterwards.
+
+    Args:
+        model: of any kind.
+        garbage: its memory was made just now, and nothing has been written there.
+
+    Raises:
+        ValueError: ``garbage``, and nothing can compute such a buffer.
     """
     root = model if is_transformers(model) else None
-    _reset(model, root)
+    _reset(model, root, "", garbage)
 
 
-def _reset(module: nn.Module, root: Any) -> None:
+def _reset(module: nn.Module, root: Any, name: str, garbage: bool) -> None:
     if is_transformers(module):
         root = module
-    if any(
-        module._buffers[name] is not None for name in module._non_persistent_buffers_set
-    ):
-        if root is not None:
-            root._init_weights(module)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    for child in module.children():
-        _reset(child, root)
+    unsaved = [
+        buffer
+        for buffer in sorted(module._non_persistent_buffers_set)
+        if module._buffers[buffer] is not None
+    ]
+    if unsaved and root is not None:
+        root._init_weights(module)
+    elif unsaved and hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+    elif unsaved and garbage:
+        raise ValueError(
+            f"{name or 'model'} ({type(module).__name__}) has buffers that files do "
+            f"not hold, {unsaved}, and was on the meta device: expected a method "
+            "reset_parameters() of it that computes them, or a model built on a device"
+        )
+    for child_name, child in module.named_children():
+        _reset(child, root, f"{name}.{child_name}".lstrip("."), garbage)

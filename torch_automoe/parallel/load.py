@@ -18,11 +18,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch_automoe.parallel.expert_lists import names_in_lists
 from torch_automoe.parallel.hf_names import (
     Source,
-    ignored_in_files,
     plain_name,
     reset_unsaved_buffers,
     sources,
     tied_names,
+    unexpected_in_files,
 )
 
 _INDEX = "model.safetensors.index.json"
@@ -59,8 +59,7 @@ def load_pretrained(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
             tensor of the model is not in them.
     """
     reader = _Reader(Path(folder))
-    _materialize(model)
-    reset_unsaved_buffers(model)
+    reset_unsaved_buffers(model, garbage=_materialize(model))
     state = {plain_name(name): value for name, value in model.state_dict().items()}
     loaded, read = _load_lists(model, state, reader)
     names = [name for name in reader.names if name not in read]
@@ -77,7 +76,7 @@ def load_pretrained(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
             f"{folder} has no values for {_some(missing)}, expected all parameters "
             "and saved buffers of the model"
         )
-    rest = ignored_in_files(model, rest)
+    rest = unexpected_in_files(model, rest)
     if rest:
         warnings.warn(
             f"{folder} has values for {_some(rest)}, which the model has not; they "
@@ -87,13 +86,14 @@ def load_pretrained(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     return model
 
 
-def _materialize(model: nn.Module) -> None:
-    """Give a model on the meta device memory."""
+def _materialize(model: nn.Module) -> bool:
+    """Give a model on the meta device memory; return whether it was there."""
     tensors = [*model.parameters(), *model.buffers()]
     if not any(tensor.is_meta for tensor in tensors):
-        return
+        return False
     meshes = (t.device_mesh.device_type for t in tensors if isinstance(t, DTensor))
     model.to_empty(device=next(meshes, "cpu"))
+    return True
 
 
 def _some(names: list[str]) -> str:

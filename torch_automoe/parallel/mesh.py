@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+_VIEWS = "_automoe_views"
 _DENSE_AXES = ("dp", "dp_replicate", "dp_shard", "fsdp", "efsdp")
 
 
@@ -43,22 +44,6 @@ class MoEMesh:
     def data_parallel_size(self) -> int:
         """Ranks whose losses are averaged: dp_replicate * dp_shard * cp."""
         return self.dense.size()
-
-    def describe(self) -> str:
-        """One line for logs."""
-        axes = {
-            "pp": self.pp,
-            "dense": self.dense,
-            "cp": self.cp,
-            "tp": self.tp,
-            "sparse": self.sparse,
-            "ep": self.ep,
-        }
-        return ", ".join(
-            f"{name} {'x'.join(map(str, axis.shape))}"
-            for name, axis in axes.items()
-            if axis is not None
-        )
 
 
 def init_moe_mesh(
@@ -101,6 +86,11 @@ def init_moe_mesh(
             "torch.distributed.init_process_group first"
         )
     world = dist.get_world_size()
+    axes = {*sizes, "dp_shard", "efsdp"}
+    if unknown := set(backend_override or {}) - axes:
+        raise ValueError(
+            f"backend_override names {sorted(unknown)}, expected some of {sorted(axes)}"
+        )
     replicas = pp * dp_replicate
     inner = world // replicas
     if world % (replicas * cp * tp):
@@ -182,6 +172,15 @@ def as_moe_mesh(mesh: MoEMesh | DeviceMesh) -> MoEMesh:
     """
     if isinstance(mesh, MoEMesh):
         return mesh
+    # Once for each mesh: views may need groups of their own.
+    made = getattr(mesh, _VIEWS, None)
+    if made is None:
+        made = _views_of(mesh)
+        setattr(mesh, _VIEWS, made)
+    return made
+
+
+def _views_of(mesh: DeviceMesh) -> MoEMesh:
     names = mesh.mesh_dim_names if isinstance(mesh, DeviceMesh) else None
     if names is None or "ep" not in names:
         raise ValueError(

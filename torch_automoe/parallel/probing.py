@@ -315,7 +315,8 @@ def _as_it_was(
         # Dropout inside experts is theirs, wherever they run.
         expert.eval()
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        cuda = sorted({p.device.index for p in block.parameters() if p.is_cuda})
+        with torch.random.fork_rng(devices=cuda), torch.enable_grad():
             yield
     finally:
         for module, mode in modes.items():

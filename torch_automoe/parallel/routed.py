@@ -32,6 +32,8 @@ def routed_layers(model: nn.Module) -> list[nn.Module | tuple[Tensor, Tensor]]:
         state = parallel_state(module)
         if state is None:
             continue
+        while name.endswith(".base_layer"):  # of LoRA
+            name = name.rpartition(".")[0]
         block = model.get_submodule(name.rpartition(".")[0])
         router = getattr(block, "router", None)
         if isinstance(router, Router):

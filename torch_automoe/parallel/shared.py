@@ -39,7 +39,8 @@ class EarlyShared:
         self._shared = [shared]  # in a list: not a submodule, not copied into state
         shared.__dict__[_STATE] = self
         shared.__class__ = _early_class(type(shared))
-        block.register_forward_hook(self._forget)
+        # Also where a recompute stops early, in the middle of the block.
+        block.register_forward_hook(self._forget, always_call=True)
 
     def begin(self, x: Tensor) -> Callable[[], None] | None:
         """Hear of the experts' tokens; return what to do while they travel."""
@@ -63,8 +64,9 @@ class EarlyShared:
         self._asked = self._result = None
         return result.view(*x.shape[:-1], result.shape[-1])
 
-    def _forget(self, *_: Any) -> None:
-        self.misses += self._result is not None
+    def _forget(self, block: nn.Module, args: tuple, result: Any) -> None:
+        # A recompute that stops early has no result, and was not in vain.
+        self.misses += self._result is not None and result is not None
         self._asked = self._result = None
 
 

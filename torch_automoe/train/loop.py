@@ -296,11 +296,11 @@ class Run:
             )
         saved = read_position(path)
         for name, now in self._position(saved["step"]).items():
-            if saved[name] != now:
+            if saved.get(name) != now:
                 what = "text" if name == "text_crc32" else name.replace("_", "-")
                 raise UsageError(
-                    f"--resume: {path} was made with --{what} {saved[name]}, this run "
-                    f"has {now}; give the same value"
+                    f"--resume: {path} was made with --{what} {saved.get(name)}, "
+                    f"this run has {now}; give the same value"
                 )
         load_checkpoint(path, self.model, self.optimizer)
         return saved["step"]

@@ -23,13 +23,13 @@ class TimedExperts(ParallelExperts):
         self, module: nn.Module, call: Call, overlap: Callable[[], None] | None
     ) -> torch.Tensor:
         # Nothing overlaps here, so that the time of communication can be told.
-        compute = self._own_experts(module)
+        compute, train = self._own_experts(module)
         moe_plan = plan(call.topk_ids, self.adapter.num_experts, self.group)
         rows, weights = dispatch(call.x, call.topk_weights, moe_plan)
         weighs = self.adapter.weighs_rows
         out = compute(rows, weights if weighs else None, moe_plan.offsets)
         return combine(
-            tie(out, rows, self._need_grad(module)),
+            tie(out, rows, train),
             None if weighs else weights,
             moe_plan,
         )

@@ -38,7 +38,7 @@ class StockModel(nn.Module):
         from transformers import AutoModelForCausalLM
 
         try:
-            self.model = AutoModelForCausalLM.from_config(config)
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except ValueError as error:
             raise UsageError(f"--model {config.model_type}: {error}") from None
         names = self.model._no_split_modules or []
