@@ -308,9 +308,11 @@ def shard_dense(model: Model, mesh: automoe.MoEMesh, **options: Any) -> None:
         fully_shard(unit, mesh=mesh.dense, **options)
 
 
-def shard_all(model: Model, mesh: automoe.MoEMesh, *, nested: bool = True) -> Model:
+def shard_all(
+    model: Model, mesh: automoe.MoEMesh, styles: Any = None, *, nested: bool = True
+) -> Model:
     """Experts on ep and FSDP2: with units of their own, or meshes of their own."""
-    automoe.parallelize(model, mesh, fully_shard_experts=nested)
+    automoe.parallelize(model, mesh, styles, fully_shard_experts=nested)
     if nested:
         shard_dense(model, mesh)
     else:

@@ -48,7 +48,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import torch_automoe as automoe
-from torch_automoe.parallel.mesh import as_moe_mesh
+from torch_automoe import as_moe_mesh
 
 SPEC = Spec()
 EIGHT = Spec(sequences=(1,) * 8)
@@ -73,12 +73,19 @@ def no_fsdp(ep: int) -> float:
     return compare(SPEC, model, mesh, finish=finish)
 
 
-def tp(spec: Spec, *, ep: int, tokens: str = "replicated", **options: Any) -> float:
+def tp(
+    spec: Spec,
+    *,
+    ep: int,
+    tokens: str = "replicated",
+    nested: bool = True,
+    **options: Any,
+) -> float:
     """Tensor parallelism, with or without sequence parallelism."""
     mesh, model = moe_mesh(ep=ep, tp=2), build(spec)
     tensor_parallel(model, mesh.tp, tokens=tokens, **options)
-    automoe.parallelize(model, mesh, {"*": automoe.ExpertParallel(tokens=tokens)})
-    shard_dense(model, mesh)
+    style = automoe.ExpertParallel(tokens=tokens)
+    shard_all(model, mesh, {"*": style}, nested=nested)
     waiting = torch._C._distributed_c10d._get_work_registry_size()
     largest = compare(spec, model, mesh)
     # No result of a collective was left without being waited for.
@@ -323,7 +330,11 @@ FOUR_RANKS = [
     case("no fsdp, beside ep 2", no_fsdp, ep=2),
     case("no fsdp, beside ep 1", no_fsdp, ep=4),
     case("tp", tp, SPEC, ep=2),
+    case("tp, ep 1", tp, SPEC, ep=1),
     case("tp, ep over tp", tp, SPEC, ep=4),
+    case("tp, mesh of parameters", tp, SPEC, ep=2, nested=False),
+    case("tp, mesh of parameters, ep 1", tp, SPEC, ep=1, nested=False),
+    case("tp, mesh of parameters, ep over tp", tp, SPEC, ep=4, nested=False),
     case("sequence parallel", tp, SPEC, ep=2, sequence=True),
     case("sequence parallel, ep over tp", tp, SPEC, ep=4, sequence=True),
     case("tokens sharded", tp, SPEC, ep=4, sequence=True, tokens="sharded"),
