@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,7 +66,7 @@ class ReceivedRows:
         return rows_of_experts(experts, self.offsets, self.rows.shape[0])
 
 
-class MoEAdapter:
+class MoEAdapter(ABC):
     """How one kind of experts module is read and run; subclass it for your own.
 
     An adapter belongs to one module and holds no tensors. ``module`` is passed to
@@ -96,6 +97,7 @@ class MoEAdapter:
         """Find tokens, ids and weights in the arguments of ``module.forward``."""
         return read_token_call(module, args, kwargs)
 
+    @abstractmethod
     def compute(
         self, module: nn.Module, received: ReceivedRows, parameters: dict[str, Tensor]
     ) -> Tensor:
@@ -106,7 +108,6 @@ class MoEAdapter:
             received: R may be 0.
             parameters: of ``expert_parameters``: (e, ...), e of this rank; may be 0.
         """
-        raise NotImplementedError
 
 
 class StackedExperts(MoEAdapter):

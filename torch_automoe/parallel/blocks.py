@@ -22,6 +22,7 @@ from torch_automoe.parallel.families import (
     why_not_family,
 )
 from torch_automoe.parallel.probing import Routing, find_routing
+from torch_automoe.parallel.subclass import subclass
 
 _FORWARD = "_automoe_block_forward"
 
@@ -84,7 +85,7 @@ class Block:
             experts = ExpertList(experts)
             self.module.add_module(self.child, experts)
         self.module.__dict__[_FORWARD] = self._forward
-        self.module.__class__ = _block_class(type(self.module))
+        self.module.__class__ = subclass(type(self.module), forward=_forward)
         return experts
 
 
@@ -108,15 +109,5 @@ def find_block(module: nn.Module) -> Block | None:
     return None
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _block_class(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _classes:
-
-        def forward(self: nn.Module, hidden_states: Tensor) -> Any:
-            return self.__dict__[_FORWARD](self, hidden_states)
-
-        members = {"forward": forward, "__module__": cls.__module__}
-        _classes[cls] = type(cls.__name__, (cls,), {**members, "__doc__": cls.__doc__})
-    return _classes[cls]
+def _forward(self: nn.Module, hidden_states: Tensor) -> Any:
+    return self.__dict__[_FORWARD](self, hidden_states)

@@ -23,6 +23,7 @@ from torch_automoe.parallel.adapters import (
     touch,
 )
 from torch_automoe.parallel.shared import EarlyShared
+from torch_automoe.parallel.subclass import subclass
 from torch_automoe.routing import plan
 
 _STATE = "_automoe_experts"
@@ -172,7 +173,9 @@ def make_parallel(module: nn.Module, state: ParallelExperts) -> None:
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner).register_parameter(leaf, sharded)
     module.__dict__[_STATE] = state
-    module.__class__ = _parallel_class(type(module))
+    cls = type(module)
+    members = {"forward": _forward, "parametrizations": _REFUSING}
+    module.__class__ = subclass(cls, _automoe_original=cls, **members)
 
 
 def parallel_state(module: nn.Module) -> ParallelExperts | None:
@@ -192,29 +195,8 @@ def local_part(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass with the same name whose forward goes through ``ParallelExperts``.
-
-    A class and not a hook or an attribute: it is what ``fully_shard`` does too, it
-    composes with it and with ``torch.compile``, and isinstance still holds.
-    """
-    if cls not in _classes:
-
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.__dict__[_STATE].forward(self, args, kwargs)
-
-        members = {
-            "forward": forward,
-            "parametrizations": property(_refuse_parametrization),
-            "_automoe_original": cls,
-            "__module__": cls.__module__,
-            "__doc__": cls.__doc__,
-        }
-        _classes[cls] = type(cls.__name__, (cls,), members)
-    return _classes[cls]
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return self.__dict__[_STATE].forward(self, args, kwargs)
 
 
 def _refuse_parametrization(module: nn.Module) -> None:
@@ -224,6 +206,9 @@ def _refuse_parametrization(module: nn.Module) -> None:
         "wrapped or swapped: apply PEFT, and what else parametrizes them, before "
         "automoe.parallelize"
     )
+
+
+_REFUSING = property(_refuse_parametrization)
 
 
 def _as_called(x: Tensor, arguments: list[Any]) -> Tensor:

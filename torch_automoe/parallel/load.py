@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torch_automoe.parallel.expert_lists import names_in_lists
+from torch_automoe.parallel.experts import local_part
 from torch_automoe.parallel.hf_names import (
     Source,
     plain_name,
@@ -68,7 +69,7 @@ def load_pretrained(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         loaded |= _load(model, source, state, reader)
     for name, kept in tied_names(model).items():
         if name in state and name not in loaded and kept in loaded:
-            _local(state[name]).copy_(_local(state[kept]))
+            local_part(state[name]).copy_(local_part(state[kept]))
             loaded.add(name)
     missing = [name for name in state if name not in loaded]
     if missing:
@@ -115,7 +116,7 @@ def _load_lists(
         tensor = state[name]
         _check_shape(name, tensor, [len(experts), *reader.shape(experts[0])])
         part, *rest = _own(tensor)
-        local = _local(tensor)
+        local = local_part(tensor)
         for place, expert in enumerate(experts[part] if local.numel() else []):
             local[place].copy_(reader.read(expert, tuple(rest)))
         loaded.add(name)
@@ -148,7 +149,7 @@ def _load(
             own = (slice(None), *own[1:])
             shape[0] = target.shape[0]
         _check_shape(name, state[name], shape)
-        _local(state[name]).copy_(value[own])
+        local_part(state[name]).copy_(value[own])
     return set(values)
 
 
@@ -156,7 +157,7 @@ def _copy(
     target: str, tensor: Tensor, shape: list[int], reader: _Reader, name: str
 ) -> None:
     _check_shape(target, tensor, shape)
-    local = _local(tensor)
+    local = local_part(tensor)
     if local.numel():
         local.copy_(reader.read(name, _own(tensor)))
 
@@ -167,10 +168,6 @@ def _check_shape(name: str, tensor: Tensor, shape: Iterable[int]) -> None:
             f"{name} is {tuple(shape)} in the files, expected {tuple(tensor.shape)}: "
             "build the model with the config that belongs to the files"
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _own(tensor: Tensor) -> tuple[slice, ...]:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from torch_automoe.parallel.adapters import find_adapter
 from torch_automoe.parallel.experts import ParallelExperts
+from torch_automoe.parallel.subclass import subclass
 
 
 def attach_lora(
@@ -44,7 +45,7 @@ def attach_lora(
         parameter = wrapper.parameter_name
         state.deltas[parameter] = _Lora(wrapper, state, tp)
         state.notes.append(f"LoRA on {parameter} ({', '.join(wrapper.lora_A)})")
-        wrapper.__class__ = _parallel_class(type(wrapper))
+        wrapper.__class__ = subclass(type(wrapper), **_MEMBERS)
         name = outer
     return name
 
@@ -168,32 +169,22 @@ def _is_of_peft(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer)
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+def _forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    self._check_forward_args(x, *args, **kwargs)
+    kwargs.pop("adapter_names", None)
+    return self.base_layer(x, *args, **kwargs)
 
 
-def _parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of PEFT's wrapper, of the same name, that passes tokens on."""
-    if cls in _classes:
-        return _classes[cls]
+def _refuse(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        f"LoRA on {self.parameter_name} cannot be merged or taken off while the "
+        "experts lie on several ranks: save the adapter "
+        "(automoe.save_pretrained), and merge it in a single process"
+    )
 
-    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._check_forward_args(x, *args, **kwargs)
-        kwargs.pop("adapter_names", None)
-        return self.base_layer(x, *args, **kwargs)
 
-    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            f"LoRA on {self.parameter_name} cannot be merged or taken off while the "
-            "experts lie on several ranks: save the adapter "
-            "(automoe.save_pretrained), and merge it in a single process"
-        )
-
-    members = {
-        "forward": forward,
-        "merge": refuse,
-        "unload_and_optionally_merge_module": refuse,
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-    }
-    _classes[cls] = type(cls.__name__, (cls,), members)
-    return _classes[cls]
+_MEMBERS = {
+    "forward": _forward,
+    "merge": _refuse,
+    "unload_and_optionally_merge_module": _refuse,
+}

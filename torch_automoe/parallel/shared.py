@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_automoe.parallel.subclass import subclass
+
 # As transformers' blocks call them.
 _NAMES = ("shared_experts", "shared_expert", "shared_mlp", "shared_expert_mlp")
 _STATE = "_automoe_early"
@@ -38,7 +40,9 @@ class EarlyShared:
         self._result: Tensor | None = None
         self._shared = [shared]  # in a list: not a submodule, not copied into state
         shared.__dict__[_STATE] = self
-        shared.__class__ = _early_class(type(shared))
+        cls = type(shared)
+        members = {"forward": _forward, "_automoe_early_original": cls}
+        shared.__class__ = subclass(cls, **members)
         # Also where a recompute stops early, in the middle of the block.
         block.register_forward_hook(self._forget, always_call=True)
 
@@ -106,16 +110,5 @@ def _identity(x: Tensor) -> tuple:
     return x.data_ptr(), x.numel(), x.shape[-1], x.dtype, x._version
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _early_class(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _classes:
-
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.__dict__[_STATE].forward(self, args, kwargs)
-
-        members = {"forward": forward, "_automoe_early_original": cls}
-        members |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
-        _classes[cls] = type(cls.__name__, (cls,), members)
-    return _classes[cls]
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return self.__dict__[_STATE].forward(self, args, kwargs)
