@@ -12,6 +12,7 @@ namespace py = pybind11;
 
 namespace {
 
+using automoe::OptionsAutoMoe;
 using automoe::ProcessGroupAutoMoe;
 using NoGil = py::gil_scoped_release;
 
@@ -19,12 +20,29 @@ c10::intrusive_ptr<ProcessGroupAutoMoe> create(
     const c10::intrusive_ptr<c10d::Store>& store,
     int rank,
     int size,
-    std::chrono::milliseconds timeout,
     const std::string& name,
     const std::vector<int>& globalRanks,
+    const c10::intrusive_ptr<OptionsAutoMoe>& options,
     const c10::intrusive_ptr<c10d::Backend>& inner) {
+  // Its own: the user may give the same options to several groups.
   return c10::make_intrusive<ProcessGroupAutoMoe>(
-      store, rank, size, timeout, name, globalRanks, inner);
+      store,
+      rank,
+      size,
+      name,
+      globalRanks,
+      c10::make_intrusive<OptionsAutoMoe>(*options),
+      inner);
+}
+
+c10::intrusive_ptr<OptionsAutoMoe> createOptions(
+    std::chrono::milliseconds timeout,
+    std::optional<bool> mergeRows,
+    const std::string& node) {
+  auto options = c10::make_intrusive<OptionsAutoMoe>(timeout);
+  options->mergeRows = mergeRows;
+  options->node = node;
+  return options;
 }
 
 py::dict describeTopology(const ProcessGroupAutoMoe& group) {
@@ -61,6 +79,27 @@ PYBIND11_MODULE(_C, m) {
   py::module_::import("torch._C._distributed_c10d");
 
   py::class_<
+      OptionsAutoMoe,
+      c10::intrusive_ptr<OptionsAutoMoe>,
+      c10d::Backend::Options>(m, "Options")
+      .def(
+          py::init(&createOptions),
+          py::kw_only(),
+          py::arg("timeout") = kBackendDefaultTimeout,
+          py::arg("merge_rows") = std::nullopt,
+          py::arg("node") = "")
+      .def_readwrite("merge_rows", &OptionsAutoMoe::mergeRows)
+      .def_readwrite("node", &OptionsAutoMoe::node)
+      .def(
+          "__copy__",
+          [](const OptionsAutoMoe& it) {
+            return c10::make_intrusive<OptionsAutoMoe>(it);
+          })
+      .def("__deepcopy__", [](const OptionsAutoMoe& it, const py::dict&) {
+        return c10::make_intrusive<OptionsAutoMoe>(it);
+      });
+
+  py::class_<
       ProcessGroupAutoMoe,
       c10::intrusive_ptr<ProcessGroupAutoMoe>,
       c10d::Backend>(m, "ProcessGroupAutoMoe")
@@ -69,11 +108,16 @@ PYBIND11_MODULE(_C, m) {
           py::arg("store"),
           py::arg("rank"),
           py::arg("size"),
-          py::arg("timeout"),
           py::arg("name"),
           py::arg("global_ranks"),
-          py::arg("inner"),
+          py::arg("options"),
+          py::arg("inner") = nullptr,
           py::call_guard<NoGil>())
+      .def_property_readonly("options", &ProcessGroupAutoMoe::options)
+      // c10d calls it on ranks that are in no part of a split.
+      .def(
+          "perform_nocolor_split",
+          [](ProcessGroupAutoMoe&, const py::object&) {})
       .def("topology", &describeTopology)
       .def(
           "explain_exchange",

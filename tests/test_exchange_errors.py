@@ -233,7 +233,7 @@ def _bad_calls() -> dict[str, tuple[Callable[[], object], list[str]]]:
             _single(six, ones, [1, 3, 2], [2, 2, 2]),
             ["rank 0 sends 8 bytes to itself", "expects 4"],
         ),
-        "meta": (_direct([six], [meta]), ["input is on meta", "expected cpu"]),
+        "meta": (_direct([six], [meta]), ["a tensor is on meta", "expected cpu"]),
         "list: outputs missing": (
             _list(more[:2], three),
             ["got 2 output and 3 input tensors", "3 ranks"],
@@ -256,7 +256,7 @@ def _bad_calls() -> dict[str, tuple[Callable[[], object], list[str]]]:
         ),
         "list: meta": (
             _direct(more, metas),
-            ["input tensor is on meta", "expected cpu"],
+            ["a tensor is on meta", "expected cpu"],
         ),
         "list: own block": (
             _list([torch.empty(3), *more[:2]], three),

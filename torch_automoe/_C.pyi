@@ -5,6 +5,31 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import Backend, Store, Work
 
+class Options(Backend.Options):
+    """Settings of one process group; each is optional.
+
+    Attributes:
+        merge_rows: whether equal rows of one all-to-all cross the network to a node
+            once; None: as AUTOMOE_MERGE_ROWS says.
+        node: pins the node of this rank, see AUTOMOE_NODE; "": as that says, or found.
+    """
+
+    merge_rows: bool | None
+    node: str
+
+    def __init__(
+        self,
+        *,
+        timeout: timedelta = ...,
+        merge_rows: bool | None = None,
+        node: str = "",
+    ) -> None:
+        """``timeout`` of every operation; 30 minutes: as the group's ``timeout``.
+
+        Raises:
+            TypeError: another setting, or one of another type.
+        """
+
 class ProcessGroupAutoMoe(Backend):
     """The c10d backend of one group; made by ``torch_automoe.backend``."""
 
@@ -13,10 +38,10 @@ class ProcessGroupAutoMoe(Backend):
         store: Store,
         rank: int,
         size: int,
-        timeout: timedelta,
         name: str,
         global_ranks: list[int],
-        inner: Backend,
+        options: Options,
+        inner: Backend | None = None,
     ) -> None:
         """Collective over all ranks of the group.
 

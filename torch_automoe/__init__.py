@@ -18,6 +18,7 @@ _LAZY = {
     "MoE": "torch_automoe.moe_module",
     "MoEAdapter": "torch_automoe.parallel.adapters",
     "MoEMesh": "torch_automoe.parallel.mesh",
+    "Options": "torch_automoe.options",
     "Pending": "torch_automoe.exchange",
     "Permutation": "torch_automoe.exchange",
     "Plan": "torch_automoe.routing",

@@ -4,83 +4,71 @@
 from __future__ import annotations
 
 import atexit
-import os
+import copy
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from torch_automoe._autoload import BACKEND, autoload
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch_automoe import _C
 
-BACKEND = "automoe"
-_DEVICES = ["cpu", "cuda"]
+# Of options that name none: then the group's own holds.
+_DEFAULT_TIMEOUT = timedelta(minutes=30)
 # How long a process that exits goes on relaying for others of its node.
 _EXIT_LIMIT = timedelta(seconds=3)
 
 
-def autoload() -> None:
-    """Register the backend; torch calls this at the end of ``import torch``.
-
-    Cheap, and never fails an import of torch: the C++ extension is loaded when the
-    first group is made.
-    """
-    if not dist.is_available() or BACKEND in dist.Backend.backend_list:
-        return
-    dist.Backend.register_backend(
-        BACKEND, _create, extended_api=True, devices=list(_DEVICES)
-    )
-
-
-def _create(options: Any, pg_options: Any) -> _C.ProcessGroupAutoMoe:
+def create(options: Any, pg_options: Any) -> _C.ProcessGroupAutoMoe:
     """Make the backend object of one group; called by c10d on every member.
 
     ``options`` is c10d's ``_DistributedBackendOptions``.
     """
     from torch_automoe import _loader
 
-    if pg_options is not None:
-        raise ValueError(
-            f"pg_options is a {type(pg_options).__name__}, expected None: the "
-            f"backend {BACKEND!r} has no options of its own yet"
-        )
     extension = _loader.load()
+    if pg_options is None:
+        pg_options = extension.Options()
+    if not isinstance(pg_options, extension.Options):
+        raise ValueError(
+            f"pg_options is a {type(pg_options).__name__}, expected "
+            f"torch_automoe.Options or None for the backend {BACKEND!r}"
+        )
     _at_exit(extension.shutdown)
-    inner = _make_inner(extension, options)
+    # The user's may be given to several groups.
+    pg_options = copy.copy(pg_options)
+    if pg_options._timeout == _DEFAULT_TIMEOUT:
+        pg_options._timeout = options.timeout
     return extension.ProcessGroupAutoMoe(
         options.store,
         options.group_rank,
         options.group_size,
-        options.timeout,
         options.group_id,
         list(options.global_ranks_in_group),  # empty for the default group
-        inner,
+        pg_options,
+        _make_inner(options),
     )
 
 
-def _make_inner(extension: Any, options: Any) -> dist.ProcessGroupGloo:
-    """Make the Gloo group that runs the collectives other than all-to-all.
+def _make_inner(options: Any) -> dist.Backend | None:
+    """Make the NCCL group that runs collectives on CUDA tensors; None without a GPU."""
+    import torch
 
-    Over the interface that our own traffic takes, unless GLOO_SOCKET_IFNAME names
-    another. It connects all ranks now: with lazy connections Gloo waits without an
-    end for a rank that has died before the first message.
-    """
-    gloo = dist.ProcessGroupGloo
-    made = gloo._Options()
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        return None
+    nccl = dist.ProcessGroupNCCL
+    made = nccl.Options()
     made._timeout = options.timeout
-    made._threads = 2
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    if not interface:
-        interface = extension.choose_interface()["name"]
-    made._devices = [gloo.create_device(interface=interface, lazy_init=False)]
     # A store may outlive a group and serve its successor of the same name; each rank
     # counts its incarnations, so the counts agree, and no old address is read.
     incarnation = options.store.add(f"automoe-inner/{options.group_rank}", 1)
     store = dist.PrefixStore(f"automoe-inner/{incarnation}", options.store)
-    return gloo(store, options.group_rank, options.group_size, made)
+    return nccl(store, options.group_rank, options.group_size, made)
 
 
 _exit_registered = False

@@ -23,8 +23,8 @@ namespace automoe::kernels {
 ///
 /// rows: `elements` values of `dtype` each, at any address. weights: one value
 /// of the sum's type per row, or null for 1. segmentEnds: ascending, the last
-/// one is rows.size(). `out` may not overlap a row. Throws
-/// std::invalid_argument when segmentEnds is not so.
+/// one is rows.size(). `out` may be a row; otherwise it overlaps none.
+/// Throws std::invalid_argument when segmentEnds is not so.
 void reduceRow(
     DType dtype,
     std::byte* out,

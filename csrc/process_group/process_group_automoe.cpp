@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "process_group/process_group_automoe.hpp"
 
-#include <c10/core/ScalarType.h>
 #include <pthread.h>
 
+#include <algorithm>
+#include <cstring>
 #include <mutex>
+#include <torch/csrc/distributed/c10d/ParamCommsUtils.hpp>
 #include <utility>
 
+#include "process_group/collective_call.hpp"
 #include "process_group/exchange/discovery.hpp"
+#include "process_group/flight_recorder.hpp"
 #include "process_group/group_registry.hpp"
-#include "process_group/inner_work.hpp"
 #include "process_group/torch_store.hpp"
 #include "process_group/work_automoe.hpp"
 
@@ -17,6 +20,7 @@ namespace automoe {
 namespace {
 
 using std::chrono::milliseconds;
+using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
 // How long a rank that destroys its group waits for what it has posted.
 constexpr auto kDrain = std::chrono::seconds(10);
@@ -34,119 +38,6 @@ void markForked() {
     engineSlot()->markForked();
   }
   CompletionThread::instance().forked();
-}
-
-const char* dtypeName(uint8_t dtype) {
-  return c10::toString(static_cast<c10::ScalarType>(dtype));
-}
-
-[[noreturn]] void rethrow() {
-  throwForTorch(std::current_exception());
-}
-
-void checkTensor(const char* call, const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK(
-      tensor.device().is_cpu(),
-      call,
-      ": ",
-      name,
-      " is on ",
-      tensor.device(),
-      ", expected cpu: this version moves CPU tensors only");
-  TORCH_CHECK(
-      tensor.layout() == at::kStrided && tensor.is_contiguous(),
-      call,
-      ": ",
-      name,
-      " of shape ",
-      tensor.sizes(),
-      " and strides ",
-      tensor.strides(),
-      " is not contiguous; pass ",
-      name,
-      ".contiguous()");
-}
-
-void checkApart(
-    const char* call, const at::Tensor& output, const at::Tensor& input) {
-  const auto* out = static_cast<const char*>(output.const_data_ptr());
-  const auto* in = static_cast<const char*>(input.const_data_ptr());
-  TORCH_CHECK(
-      output.nbytes() == 0 || input.nbytes() == 0 ||
-          out + output.nbytes() <= in || in + input.nbytes() <= out,
-      call,
-      ": output and input share memory; pass separate tensors");
-}
-
-/// Blocks along dimension 0, one per rank.
-std::vector<AllToAllArguments::Block> splitBlocks(
-    const char* name,
-    const at::Tensor& tensor,
-    const std::vector<int64_t>& splits,
-    int size) {
-  TORCH_CHECK(
-      tensor.dim() > 0,
-      "all_to_all_single: ",
-      name,
-      " has no dimension to split");
-  const int64_t rows = tensor.size(0);
-  if (splits.empty()) {
-    TORCH_CHECK_VALUE(
-        rows % size == 0,
-        "all_to_all_single: ",
-        name,
-        ".size(0) is ",
-        rows,
-        ", expected a multiple of the group's ",
-        size,
-        " ranks; or pass ",
-        name,
-        "_split_sizes");
-  } else {
-    int64_t sum = 0;
-    for (const int64_t split : splits) {
-      TORCH_CHECK_VALUE(
-          split >= 0,
-          "all_to_all_single: ",
-          name,
-          "_split_sizes holds ",
-          split,
-          ", expected sizes >= 0");
-      sum += split;
-    }
-    TORCH_CHECK_VALUE(
-        splits.size() == static_cast<size_t>(size) && sum == rows,
-        "all_to_all_single: ",
-        name,
-        "_split_sizes has ",
-        splits.size(),
-        " entries that sum to ",
-        sum,
-        ", expected ",
-        size,
-        " that sum to ",
-        name,
-        ".size(0), ",
-        rows);
-  }
-  const uint64_t rowBytes =
-      rows == 0 ? 0 : tensor.nbytes() / static_cast<uint64_t>(rows);
-  auto* data = static_cast<std::byte*>(tensor.data_ptr());
-  std::vector<AllToAllArguments::Block> blocks;
-  for (int rank = 0; rank < size; ++rank) {
-    const int64_t count =
-        splits.empty() ? rows / size : splits[static_cast<size_t>(rank)];
-    const uint64_t bytes = static_cast<uint64_t>(count) * rowBytes;
-    blocks.push_back({data, bytes});
-    data += bytes;
-  }
-  return blocks;
-}
-
-milliseconds orDefault(
-    milliseconds timeout,
-    const c10::intrusive_ptr<c10d::Backend::Options>& to) {
-  return timeout == c10d::kUnsetTimeout ? to->timeout : timeout;
 }
 
 }  // namespace
@@ -182,24 +73,41 @@ ProcessGroupAutoMoe::ProcessGroupAutoMoe(
     const c10::intrusive_ptr<c10d::Store>& store,
     int rank,
     int size,
-    milliseconds timeout,
     const std::string& name,
     const std::vector<int>& globalRanks,
+    c10::intrusive_ptr<OptionsAutoMoe> options,
     c10::intrusive_ptr<c10d::Backend> inner)
     : Backend(rank, size),
       inner_(std::move(inner)),
-      options_(c10::make_intrusive<Options>(kBackendName, timeout)) {
+      options_(std::move(options)),
+      globalRanks_(globalRanks) {
   options_->group_name = name;
-  TorchStore adapted(store, timeout);
+  TorchStore adapted(store, options_->timeout);
   try {
     engine_ = processEngine();
-    group_ =
-        joinGroup(*engine_, adapted, rank, size, name, timeout, globalRanks);
+    group_ = joinGroup(
+        *engine_,
+        adapted,
+        rank,
+        size,
+        name,
+        options_->timeout,
+        globalRanks,
+        {options_->node, options_->mergeRows});
   } catch (const Error&) {
-    rethrow();
+    throwForTorch(std::current_exception());
   }
   registerGroup(name, {engine_, group_, options_});
   init();
+  std::vector<uint64_t> ranks;
+  for (int member = 0; member < size; ++member) {
+    ranks.push_back(static_cast<uint64_t>(globalRankOf(member)));
+  }
+  FlightRecorder::instance().addGroup(name, ranks);
+}
+
+int ProcessGroupAutoMoe::globalRankOf(int rank) const {
+  return globalRanks_.empty() ? rank : globalRanks_[static_cast<size_t>(rank)];
 }
 
 ProcessGroupAutoMoe::~ProcessGroupAutoMoe() {
@@ -218,107 +126,180 @@ ProcessGroupAutoMoe::~ProcessGroupAutoMoe() {
   }
 }
 
-// ---- ours ----
+// ---- from a call to its work ----
 
-c10::intrusive_ptr<c10d::Work> ProcessGroupAutoMoe::post(
-    AllToAllArguments arguments,
-    Tensors inputs,
-    Tensors outputs,
-    c10d::OpType type,
-    milliseconds timeout) {
-  calls_ += 1;
-  arguments.dtype = static_cast<uint8_t>(inputs.front().scalar_type());
-  arguments.elementBytes = static_cast<uint32_t>(inputs.front().element_size());
-  arguments.dtypeName = &dtypeName;
-  const at::Tensor& rows = inputs.front();
-  if (type == c10d::OpType::ALLTOALL_BASE && rows.size(0) > 0) {
-    arguments.rowBytes = rows.nbytes() / static_cast<uint64_t>(rows.size(0));
+milliseconds ProcessGroupAutoMoe::orDefault(milliseconds timeout) const {
+  return timeout == c10d::kUnsetTimeout ? options_->timeout : timeout;
+}
+
+c10d::Backend* ProcessGroupAutoMoe::inner(
+    const char* call, const Tensors& tensors) {
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.device().is_cpu()) {
+      TORCH_CHECK_VALUE(
+          inner_ != nullptr,
+          call,
+          ": a tensor is on ",
+          tensor.device(),
+          ", expected cpu: group ",
+          group_->name(),
+          " has no NCCL group for other devices");
+      calls_ += 1;
+      return inner_.get();
+    }
   }
-  const std::optional<Tensors> recorded = inputs;
-  auto* tensors = new OperationTensors(std::move(inputs), std::move(outputs));
+  return nullptr;
+}
+
+WorkPtr ProcessGroupAutoMoe::launchUnrecorded(
+    OperationTensors* tensors, const CallInfo& call, const Start& start) {
+  if (onCompletionHook_) {
+    tensors->setAfterwards(completionTask(call.type));
+  }
+  const bool pair = c10d::isP2POp(call.type);
+  tensors->setRecord(
+      FlightRecorder::instance().begin(
+          {.group = pg_uid_,
+           .description = pg_desc_,
+           .title = pair
+                        ? pointToPointTitle(
+                              call.type == c10d::OpType::SEND, rank_, call.peer)
+                        : std::string(call.title),
+           .sequence = pair ? messages_.load() : calls_.load(),
+           .pointToPoint = pair,
+           .inputs = call.inputs,
+           .outputs = call.outputs,
+           .timeout = options_->timeout}),
+      globalRankOf(rank_));
   try {
-    tensors->setOperation(group_->allToAll(
-        std::move(arguments),
-        orDefault(timeout, options_),
-        tensors->callbacks()));
+    tensors->setOperation(start(tensors->callbacks()));
   } catch (const Error&) {
     // Nothing was posted, so the engine's share is ours to give back.
     tensors->releaseByCaller();
     tensors->releaseByCaller();
-    rethrow();
+    throwForTorch(std::current_exception());
   }
-  return c10::make_intrusive<WorkAutoMoe>(
-      rank_, type, "automoe:all_to_all", recorded, engine_, tensors);
+  auto work = c10::make_intrusive<WorkAutoMoe>(
+      rank_, call.type, call.title, call.inputs, engine_, tensors);
+  const std::lock_guard lock(coalescingMutex_);
+  if (coalescing_) {
+    coalesced_.push_back(work);
+  }
+  return work;
 }
 
-c10::intrusive_ptr<c10d::Work> ProcessGroupAutoMoe::alltoall_base(
-    at::Tensor& output,
-    at::Tensor& input,
-    std::vector<int64_t>& outputSplitSizes,
-    std::vector<int64_t>& inputSplitSizes,
-    const c10d::AllToAllOptions& options) {
-  checkTensor("all_to_all_single", "output", output);
-  checkTensor("all_to_all_single", "input", input);
-  TORCH_CHECK_VALUE(
-      output.scalar_type() == input.scalar_type(),
-      "all_to_all_single: output is ",
-      output.scalar_type(),
-      ", expected the dtype of input, ",
-      input.scalar_type());
-  checkApart("all_to_all_single", output, input);
-  AllToAllArguments arguments;
-  arguments.sends = splitBlocks("input", input, inputSplitSizes, size_);
-  arguments.receives = splitBlocks("output", output, outputSplitSizes, size_);
-  return post(
-      std::move(arguments),
-      {input},
-      {output},
-      c10d::OpType::ALLTOALL_BASE,
-      options.timeout);
+WorkPtr ProcessGroupAutoMoe::launch(
+    OperationTensors* tensors, const CallInfo& call, const Start& start) {
+  (c10d::isP2POp(call.type) ? messages_ : calls_) += 1;
+  if (!at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION)) {
+    return launchUnrecorded(tensors, call, start);
+  }
+  const auto elements = [](const Tensors& list) {
+    int64_t sum = 0;
+    for (const at::Tensor& tensor : list) {
+      sum += tensor.numel();
+    }
+    return sum;
+  };
+  const bool any = !call.inputs.empty();
+  const int first = globalRankOf(0);
+  const int stride = size_ > 1 ? globalRankOf(1) - first : 1;
+  RECORD_PARAM_COMMS_DATA(
+      static_cast<int64_t>(calls_.load()),
+      std::make_tuple(pg_uid_, pg_desc_),
+      call.inputs,
+      call.outputs,
+      rank_,
+      std::string(std::strchr(call.title, ':') + 1),
+      elements(call.inputs),
+      elements(call.outputs),
+      any ? call.inputs.front().scalar_type() : at::kByte,
+      call.inputSplits,
+      call.outputSplits,
+      first,
+      stride,
+      size_);
+  return launchUnrecorded(tensors, call, start);
 }
 
-c10::intrusive_ptr<c10d::Work> ProcessGroupAutoMoe::alltoall(
-    Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& options) {
-  const auto size = static_cast<size_t>(size_);
-  TORCH_CHECK_VALUE(
-      outputs.size() == size && inputs.size() == size,
-      "all_to_all: got ",
-      outputs.size(),
-      " output and ",
-      inputs.size(),
-      " input tensors, expected one for each of ",
-      size,
-      " ranks");
-  AllToAllArguments arguments;
-  for (size_t rank = 0; rank < size; ++rank) {
-    checkTensor("all_to_all", "output tensor", outputs[rank]);
-    checkTensor("all_to_all", "input tensor", inputs[rank]);
-    for (const auto& tensor : {outputs[rank], inputs[rank]}) {
-      TORCH_CHECK_VALUE(
-          tensor.scalar_type() == inputs[0].scalar_type(),
-          "all_to_all: tensor ",
-          rank,
-          " is ",
-          tensor.scalar_type(),
-          ", expected the dtype of input tensor 0, ",
-          inputs[0].scalar_type());
-    }
-    for (const auto& input : inputs) {
-      checkApart("all_to_all", outputs[rank], input);
-    }
-    const auto block = [](const at::Tensor& tensor) {
-      return AllToAllArguments::Block{
-          static_cast<std::byte*>(tensor.data_ptr()), tensor.nbytes()};
-    };
-    arguments.sends.push_back(block(inputs[rank]));
-    arguments.receives.push_back(block(outputs[rank]));
+WorkPtr ProcessGroupAutoMoe::post(CollectiveCall call) {
+  const CallInfo info{
+      call.type(), call.title(), call.inputs(), call.outputs(), {}, {}};
+  return launch(call.takeTensors(), info, [&](OperationCallbacks callbacks) {
+    return group_->collective(
+        call.takeArguments(), call.timeout(), std::move(callbacks));
+  });
+}
+
+std::function<void(const Operation&)> ProcessGroupAutoMoe::completionTask(
+    c10d::OpType type) {
+  {
+    const std::lock_guard lock(pending_->mutex);
+    pending_->count += 1;
   }
-  return post(
-      std::move(arguments),
-      inputs,
-      outputs,
-      c10d::OpType::ALLTOALL,
-      options.timeout);
+  return [type, hook = onCompletionHook_, pending = pending_](
+             const Operation& operation) {
+    const std::chrono::duration<float> active =
+        operation.ended() - operation.begun();
+    hook(std::make_shared<c10d::WorkInfo>(
+        type,
+        operation.sequence(),
+        operation.begun(),
+        operation.ended(),
+        active));
+    const std::lock_guard lock(pending->mutex);
+    pending->count -= 1;
+    pending->changed.notify_all();
+  };
+}
+
+void ProcessGroupAutoMoe::registerOnCompletionHook(
+    std::function<void(std::shared_ptr<c10d::WorkInfo>)>&& hook) {
+  TORCH_CHECK(
+      onCompletionHook_ == nullptr, "this group has a completion hook already");
+  onCompletionHook_ = std::move(hook);
+}
+
+void ProcessGroupAutoMoe::waitForPendingWorks() {
+  std::unique_lock lock(pending_->mutex);
+  pending_->changed.wait(lock, [this] { return pending_->count == 0; });
+}
+
+c10::intrusive_ptr<c10d::Backend> ProcessGroupAutoMoe::split(
+    const c10::intrusive_ptr<c10d::Store>& store,
+    const std::vector<int>& ranks,
+    const c10::intrusive_ptr<Options>& options) {
+  const auto place = std::find(ranks.begin(), ranks.end(), rank_);
+  if (place == ranks.end()) {
+    return nullptr;
+  }
+  auto own = c10::make_intrusive<OptionsAutoMoe>(*options_);
+  // Of another backend when a group has several.
+  if (const auto* given = dynamic_cast<OptionsAutoMoe*>(options.get())) {
+    own->mergeRows = given->mergeRows;
+    own->node = given->node;
+  }
+  std::string name = group_->name() + "/split";
+  if (options != nullptr) {
+    own->timeout = options->timeout;
+    own->group_desc = options->group_desc;
+    name = options->group_name.empty() ? name : options->group_name;
+  }
+  std::vector<int> globalRanks;
+  for (const int rank : ranks) {
+    checkRoot("split", rank);
+    globalRanks.push_back(globalRankOf(rank));
+  }
+  const bool splitsInner = inner_ != nullptr && inner_->supportsSplitting();
+  return c10::make_intrusive<ProcessGroupAutoMoe>(
+      store,
+      static_cast<int>(place - ranks.begin()),
+      static_cast<int>(ranks.size()),
+      name,
+      globalRanks,
+      std::move(own),
+      splitsInner ? inner_->split(store, ranks, inner_->getBackendOptions())
+                  : nullptr);
 }
 
 // ---- life ----
@@ -345,8 +326,8 @@ void ProcessGroupAutoMoe::shutdown() {
   group_->leave(std::min<milliseconds>(options_->timeout, kDrain));
   if (inner_ != nullptr) {
     inner_->shutdown();
-    // Gloo's threads end with the last reference; at interpreter exit they
-    // would be too late.
+    // Its threads, if any, end with the last reference; at interpreter exit
+    // they would be too late.
     inner_ = nullptr;
   }
 }

@@ -2,18 +2,24 @@
 // The c10d backend "automoe": where tensors become pointers.
 #pragma once
 
+#include <condition_variable>
+#include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include "process_group/exchange/engine.hpp"
 #include "process_group/exchange/group.hpp"
+#include "process_group/exchange/schedules.hpp"
+#include "process_group/options_automoe.hpp"
+#include "process_group/work_automoe.hpp"
 
 namespace automoe {
 
-constexpr const char* kBackendName = "automoe";
+class CollectiveCall;
 
 /// The engine of this process, made at the first call. In a forked child it
 /// is dead and every use of it says so.
@@ -22,9 +28,9 @@ std::shared_ptr<Engine> processEngine();
 /// thread: leaves all groups, at most `timeout` for node-mates to leave.
 void shutdownProcess(std::chrono::milliseconds timeout);
 
-/// all_to_all_single and all_to_all are ours; every other collective goes to
-/// `inner`, a Gloo group over the same ranks. One object serves CPU and CUDA
-/// maps of c10d; tensors must be on the CPU.
+/// Every collective on CPU tensors is the engine's; those on others go to
+/// `inner`, an NCCL group over the same ranks where there is one. One object
+/// serves CPU and CUDA maps of c10d.
 class ProcessGroupAutoMoe final : public c10d::Backend {
  public:
   using Work = c10d::Work;
@@ -36,14 +42,25 @@ class ProcessGroupAutoMoe final : public c10d::Backend {
       const c10::intrusive_ptr<c10d::Store>& store,
       int rank,
       int size,
-      std::chrono::milliseconds timeout,
       const std::string& name,
       const std::vector<int>& globalRanks,
-      c10::intrusive_ptr<c10d::Backend> inner);
+      c10::intrusive_ptr<OptionsAutoMoe> options,
+      c10::intrusive_ptr<c10d::Backend> inner = nullptr);
   ~ProcessGroupAutoMoe() override;
 
   const std::string getBackendName() const override { return kBackendName; }
   c10::intrusive_ptr<Options> getBackendOptions() override { return options_; }
+  c10::intrusive_ptr<OptionsAutoMoe> options() const { return options_; }
+  bool supportsSplitting() const override { return true; }
+  bool supportsCoalescing() const override { return true; }
+  void startCoalescing() override;
+  c10::intrusive_ptr<Work> endCoalescing() override;
+  /// A group of some of these ranks; called by its members, or by all. Null
+  /// for a rank that is not among them.
+  c10::intrusive_ptr<Backend> split(
+      const c10::intrusive_ptr<c10d::Store>& store,
+      const std::vector<int>& ranks,
+      const c10::intrusive_ptr<Options>& options) override;
 
   c10::intrusive_ptr<Work> alltoall_base(
       at::Tensor& output,
@@ -56,7 +73,7 @@ class ProcessGroupAutoMoe final : public c10d::Backend {
       Tensors& inputs,
       const c10d::AllToAllOptions& options) override;
 
-  // By the inner group.
+  // collectives.cpp
   c10::intrusive_ptr<Work> broadcast(
       Tensors& tensors, const c10d::BroadcastOptions& options) override;
   c10::intrusive_ptr<Work> allreduce(
@@ -104,6 +121,7 @@ class ProcessGroupAutoMoe final : public c10d::Backend {
       Tensors& outputs,
       Tensors& inputs,
       const c10d::ReduceScatterOptions& options) override;
+  // point_to_point.cpp
   c10::intrusive_ptr<Work> send(
       Tensors& tensors, int destination, int tag) override;
   c10::intrusive_ptr<Work> recv(Tensors& tensors, int source, int tag) override;
@@ -114,8 +132,14 @@ class ProcessGroupAutoMoe final : public c10d::Backend {
       const c10d::BarrierOptions& options, bool waitAllRanks) override;
 
   void setSequenceNumberForGroup() override {}
-  /// Collectives called on this group so far, of every kind.
+  /// Collectives called on this group so far, of every kind; messages between
+  /// two ranks do not count, so that all ranks have the same number.
   uint64_t getSequenceNumberForGroup() override { return calls_; }
+  void registerOnCompletionHook(
+      std::function<void(std::shared_ptr<c10d::WorkInfo>)>&& hook) override;
+  void waitForPendingWorks() override;
+  /// Works always know their duration.
+  void enableCollectivesTiming() override {}
   void setTimeout(std::chrono::milliseconds timeout) override;
   void abort() override;
   /// Waits for pending operations (at most 10 s), then leaves. Idempotent.
@@ -128,23 +152,77 @@ class ProcessGroupAutoMoe final : public c10d::Backend {
   const Topology& topology() const { return group_->topology(); }
 
  private:
-  /// Posts blocks that lie in `tensors`, which this takes over.
-  c10::intrusive_ptr<Work> post(
+  /// What profilers and hooks are told of a call.
+  struct CallInfo {
+    c10d::OpType type;
+    const char* title;
+    Tensors inputs;
+    Tensors outputs;
+    std::vector<int64_t> inputSplits;
+    std::vector<int64_t> outputSplits;
+    int peer = -1;  // of a message; -1: any
+  };
+  using Start = std::function<std::shared_ptr<Operation>(OperationCallbacks)>;
+
+  /// Posts by `start`, and makes the Work. Takes over `tensors`.
+  c10::intrusive_ptr<Work> launch(
+      OperationTensors* tensors, const CallInfo& call, const Start& start);
+  c10::intrusive_ptr<Work> launchUnrecorded(
+      OperationTensors* tensors, const CallInfo& call, const Start& start);
+  c10::intrusive_ptr<Work> post(CollectiveCall call);
+  c10::intrusive_ptr<Work> postAllToAll(
       AllToAllArguments arguments,
-      Tensors inputs,
-      Tensors outputs,
+      const Tensors& inputs,
+      const Tensors& outputs,
+      const std::vector<int64_t>& inputSplits,
+      const std::vector<int64_t>& outputSplits,
+      const c10d::AllToAllOptions& options);
+  c10::intrusive_ptr<Work> postAllGather(
+      CollectiveCall call,
+      const at::Tensor& like,
+      ConstBlock from,
+      const std::vector<Block>& to);
+  c10::intrusive_ptr<Work> postPair(
+      bool sends,
+      const char* title,
       c10d::OpType type,
-      std::chrono::milliseconds timeout);
-  /// The inner group, for a collective on `tensors`.
-  c10d::Backend& inner(const char* collective, const Tensors& tensors);
-  /// What the inner group returned, with our failure's text if it fails too.
-  c10::intrusive_ptr<Work> wrap(c10::intrusive_ptr<Work> work);
+      Tensors& tensors,
+      int peer,
+      int tag);
+  void passBarrierAsFirst(std::chrono::milliseconds timeout, bool waitAllRanks);
+  std::shared_ptr<PairOperation> postMail(
+      int peer, bool sends, std::chrono::milliseconds timeout);
+  /// Throws errors of the core.
+  void awaitMail(const std::shared_ptr<PairOperation>& operation);
+  /// One call for each output and its input, as one work.
+  c10::intrusive_ptr<Work> together(
+      Tensors& outputs,
+      Tensors& inputs,
+      const std::function<c10::intrusive_ptr<Work>(size_t)>& one);
+  int globalRankOf(int rank) const;
+  int checkRoot(const char* call, int64_t root) const;
+  std::chrono::milliseconds orDefault(std::chrono::milliseconds timeout) const;
+  /// The inner group when the tensors are not on the CPU; else null.
+  c10d::Backend* inner(const char* call, const Tensors& tensors);
+  std::function<void(const Operation&)> completionTask(c10d::OpType type);
 
   std::shared_ptr<Engine> engine_;
   std::shared_ptr<Group> group_;
   c10::intrusive_ptr<c10d::Backend> inner_;
-  c10::intrusive_ptr<Options> options_;
+  c10::intrusive_ptr<OptionsAutoMoe> options_;
+  const std::vector<int> globalRanks_;
+  std::mutex coalescingMutex_;
+  bool coalescing_ = false;
+  std::vector<c10::intrusive_ptr<Work>> coalesced_;
+  /// Calls of which the hook has not been told; shared with their tasks.
+  struct Pending {
+    std::mutex mutex;
+    std::condition_variable changed;
+    int count = 0;
+  };
+  const std::shared_ptr<Pending> pending_ = std::make_shared<Pending>();
   std::atomic<uint64_t> calls_{0};
+  std::atomic<uint64_t> messages_{0};  // sent or received
   std::atomic<bool> left_{false};
 };
 

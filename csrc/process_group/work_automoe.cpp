@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "process_group/work_automoe.hpp"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/ivalue.h>
 #include <c10/util/Exception.h>
 
 #include <utility>
 
 #include "process_group/common/error.hpp"
+#include "process_group/exchange/pairs.hpp"
 
 namespace automoe {
 
@@ -22,6 +24,9 @@ void throwForTorch(const std::exception_ptr& error) {
 
 namespace {
 
+// A process that ends with an error may be gone before its dump is written.
+constexpr auto kDumpTime = std::chrono::seconds(5);
+
 std::exception_ptr forTorch(const std::exception_ptr& error) {
   try {
     throwForTorch(error);
@@ -36,14 +41,45 @@ std::exception_ptr forTorch(const std::exception_ptr& error) {
 
 OperationCallbacks OperationTensors::callbacks() {
   OperationCallbacks callbacks;
+  if (!standIns_.empty()) {
+    callbacks.completing = [this] { copyStandIns(); };
+  }
   callbacks.finished = [this] { ended(); };
   callbacks.released = [this] { releaseByEngine(); };
   return callbacks;
 }
 
+void OperationTensors::copyStandIns() {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  for (const StandIn& it : standIns_) {
+    it.to.copy_(it.from);
+  }
+}
+
 void OperationTensors::setOperation(std::shared_ptr<Operation> operation) {
   const std::lock_guard lock(mutex_);
   operation_ = std::move(operation);
+  if (ended_) {
+    report();  // it ended while it was posted
+  }
+}
+
+// With the mutex, once it has ended and the operation is set.
+void OperationTensors::report() {
+  const bool failed = operation_->error() != nullptr;
+  record_.end(!failed);
+  if (failed) {
+    FlightRecorder::instance().dumpOnFailure(globalRank_);
+  }
+  if (!afterwards_) {
+    return;
+  }
+  owners_.fetch_add(1);  // the task's
+  const auto call = [this] {
+    afterwards_(*operation_);
+    releaseByCaller();
+  };
+  CompletionThread::instance().run(call, true);
 }
 
 c10::intrusive_ptr<c10::ivalue::Future> OperationTensors::future() {
@@ -67,14 +103,18 @@ c10::intrusive_ptr<c10::ivalue::Future> OperationTensors::future() {
 void OperationTensors::ended() {
   const std::lock_guard lock(mutex_);
   ended_ = true;
+  if (operation_ != nullptr) {
+    report();
+  }
   if (future_ == nullptr) {
     return;
   }
   owners_.fetch_add(1);  // the task's
-  CompletionThread::instance().run([this] {
+  const auto complete = [this] {
     completeFuture(future_);
     releaseByCaller();
-  });
+  };
+  CompletionThread::instance().run(complete, true);
 }
 
 void OperationTensors::completeFuture(
@@ -146,6 +186,15 @@ std::exception_ptr WorkAutoMoe::exception() const {
   return forTorch(operation.error());
 }
 
+int WorkAutoMoe::sourceRank() const {
+  const auto* pair =
+      dynamic_cast<const PairOperation*>(tensors_->operation().get());
+  TORCH_CHECK(
+      pair != nullptr && pair->finished(),
+      "source_rank: only a receive that has ended has one");
+  return pair->peer();
+}
+
 std::vector<at::Tensor> WorkAutoMoe::result() {
   return tensors_->outputs();
 }
@@ -174,6 +223,7 @@ bool WorkAutoMoe::wait(std::chrono::milliseconds timeout) {
   }
   endProfilerRange();
   if (operation.error() != nullptr) {
+    FlightRecorder::instance().waitForDump(kDumpTime);
     throwForTorch(operation.error());
   }
   return true;
@@ -181,6 +231,14 @@ bool WorkAutoMoe::wait(std::chrono::milliseconds timeout) {
 
 c10::intrusive_ptr<c10::ivalue::Future> WorkAutoMoe::getFuture() {
   return tensors_->future();
+}
+
+float WorkAutoMoe::getDuration() const {
+  const Operation& operation = *tensors_->operation();
+  TORCH_CHECK(operation.finished(), "get_duration: the work has not ended");
+  return std::chrono::duration<float, std::milli>(
+             operation.ended() - operation.begun())
+      .count();
 }
 
 uint64_t WorkAutoMoe::getSequencenumber() const {
@@ -195,49 +253,58 @@ CompletionThread& CompletionThread::instance() {
   return *thread;
 }
 
-void CompletionThread::run(std::function<void()> task) {
+void CompletionThread::run(std::function<void()> task, bool calls) {
   const std::lock_guard lock(mutex_);
-  tasks_.push_back(std::move(task));
-  if (!thread_.joinable()) {
-    stop_ = false;
-    thread_ = std::thread([this] { main(); });
+  tasks_.push_back({std::move(task), calls});
+  stop_ = false;
+  if (free_ == 0) {
+    start();
   }
   changed_.notify_one();
 }
 
+// With the mutex.
+void CompletionThread::start() {
+  threads_ += 1;
+  free_ += 1;
+  std::thread([this] { main(); }).detach();
+}
+
 void CompletionThread::main() {
   std::unique_lock lock(mutex_);
-  while (!stop_ || !tasks_.empty()) {
+  while (!tasks_.empty() || (!stop_ && free_ == 1)) {
     if (tasks_.empty()) {
       changed_.wait(lock);
       continue;
     }
-    const auto tasks = std::exchange(tasks_, {});
-    lock.unlock();
-    for (const auto& task : tasks) {
-      task();
+    Task task = std::move(tasks_.front());
+    tasks_.pop_front();
+    free_ -= task.calls ? 1 : 0;
+    if (free_ == 0 && !tasks_.empty()) {
+      start();
     }
+    lock.unlock();
+    task.run();
+    const bool called = task.calls;
+    task = {};  // what it holds is dropped without the mutex
     lock.lock();
+    free_ += called ? 1 : 0;
   }
+  free_ -= 1;
+  threads_ -= 1;
+  changed_.notify_all();
 }
 
 void CompletionThread::stop() {
-  std::thread thread;
-  {
-    const std::lock_guard lock(mutex_);
-    stop_ = true;
-    changed_.notify_one();
-    thread = std::move(thread_);
-  }
-  if (thread.joinable()) {
-    thread.join();
-  }
+  constexpr auto kLongest = std::chrono::seconds(5);
+  std::unique_lock lock(mutex_);
+  stop_ = true;
+  changed_.notify_all();
+  changed_.wait_for(lock, kLongest, [this] { return threads_ == 0; });
 }
 
 void CompletionThread::forked() {
-  if (thread_.joinable()) {
-    thread_.detach();
-  }
+  threads_ = free_ = 0;
 }
 
 }  // namespace automoe

@@ -3,12 +3,16 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
 #include "process_group/exchange/engine.hpp"
+#include "process_group/flight_recorder.hpp"
 
 namespace automoe {
 
@@ -16,19 +20,40 @@ namespace automoe {
 /// ValueError for arguments, torch.distributed.DistBackendError otherwise.
 [[noreturn]] void throwForTorch(const std::exception_ptr& error);
 
+/// A tensor whose layout the core does not write: `from` stands in for it, and
+/// is copied to it at the end.
+struct StandIn {
+  at::Tensor to;
+  at::Tensor from;
+};
+
 /// Tensors of one operation and its future. Two own it, the Work and the
 /// engine; whoever is last deletes it, but never the engine's thread, which
 /// must not take the GIL: it leaves that to the completion thread.
 class OperationTensors {
  public:
   OperationTensors(
-      std::vector<at::Tensor> inputs, std::vector<at::Tensor> outputs)
-      : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {}
+      std::vector<at::Tensor> inputs,
+      std::vector<at::Tensor> outputs,
+      std::vector<StandIn> standIns = {})
+      : inputs_(std::move(inputs)),
+        outputs_(std::move(outputs)),
+        standIns_(std::move(standIns)) {}
 
   const std::vector<at::Tensor>& outputs() const { return outputs_; }
   /// Completes when the operation has ended; made at the first call.
   c10::intrusive_ptr<c10::ivalue::Future> future();
 
+  /// Runs at the end, on the completion thread; before callbacks().
+  void setAfterwards(std::function<void(const Operation&)> afterwards) {
+    afterwards_ = std::move(afterwards);
+  }
+  /// What its end is written to, and the rank for a dump if it fails; before
+  /// callbacks().
+  void setRecord(const FlightRecord& record, int globalRank) {
+    record_ = record;
+    globalRank_ = globalRank;
+  }
   /// For OperationCallbacks; the operation is set before either can run.
   OperationCallbacks callbacks();
   void setOperation(std::shared_ptr<Operation> operation);
@@ -40,12 +65,18 @@ class OperationTensors {
  private:
   ~OperationTensors() = default;
 
+  void copyStandIns();
+  void report();
   void ended();
   void completeFuture(const c10::intrusive_ptr<c10::ivalue::Future>& future);
   void releaseByEngine();
 
   std::vector<at::Tensor> inputs_;
   std::vector<at::Tensor> outputs_;
+  std::vector<StandIn> standIns_;
+  std::function<void(const Operation&)> afterwards_;
+  FlightRecord record_;
+  int globalRank_ = 0;
   std::atomic<int> owners_{2};
   std::mutex mutex_;
   bool ended_ = false;
@@ -71,10 +102,14 @@ class WorkAutoMoe final : public c10d::Work {
   bool isCompleted() override;
   bool isSuccess() const override;
   std::exception_ptr exception() const override;
+  /// Of a receive: whose message it was, in the group.
+  int sourceRank() const override;
   std::vector<at::Tensor> result() override;
   void synchronize() override;
   bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
+  /// In milliseconds, from the call to the end.
+  float getDuration() const override;
   uint64_t getSequencenumber() const override;
 
  private:
@@ -85,25 +120,36 @@ class WorkAutoMoe final : public c10d::Work {
 };
 
 /// Runs what must not run on the engine's thread: dropping tensors of works
-/// that nobody holds, and completing futures, whose callbacks may be Python.
+/// that nobody holds, and completing futures, whose callbacks may be Python. A
+/// callback may wait for another future; so there is one more thread while all
+/// are in callbacks.
 class CompletionThread {
  public:
   static CompletionThread& instance();
 
-  void run(std::function<void()> task);
-  /// Finishes what is queued and ends the thread; it starts again if needed.
+  /// `calls`: the task calls code of the user's.
+  void run(std::function<void()> task, bool calls = false);
+  /// Finishes what is queued and ends the threads, but for those whose callback
+  /// does not return within a few seconds; they start again if needed.
   void stop();
-  /// After fork(), in the child: the thread does not exist there.
+  /// After fork(), in the child: the threads do not exist there.
   void forked();
 
  private:
+  struct Task {
+    std::function<void()> run;
+    bool calls;
+  };
+
+  void start();
   void main();
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<std::function<void()>> tasks_;
+  std::deque<Task> tasks_;
   bool stop_ = false;
-  std::thread thread_;
+  int threads_ = 0;
+  int free_ = 0;  // threads that are not in code of the user's
 };
 
 }  // namespace automoe

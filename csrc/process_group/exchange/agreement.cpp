@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "process_group/exchange/agreement.hpp"
 
+#include <utility>
+
 #include "process_group/common/error.hpp"
 
 namespace automoe {
@@ -14,6 +16,34 @@ std::string amount(uint64_t bytes, uint32_t elementBytes) {
       " elements of ",
       elementBytes,
       ")");
+}
+
+// The lower rank first, so that both say the same.
+std::pair<const Record&, const Record&> inOrder(
+    const Record& theirs, const Record& own) {
+  return own.source < theirs.source
+             ? std::pair<const Record&, const Record&>(own, theirs)
+             : std::pair<const Record&, const Record&>(theirs, own);
+}
+
+template <typename Value>
+std::string difference(
+    const Record& low,
+    const Record& high,
+    const std::string& what,
+    const Value& lowHas,
+    const Value& highHas) {
+  return concat(
+      "rank ",
+      low.source,
+      " has ",
+      what,
+      lowHas,
+      ", rank ",
+      high.source,
+      " has ",
+      highHas,
+      "; they must agree");
 }
 
 }  // namespace
@@ -69,22 +99,11 @@ std::string findRowDisagreement(
     const Record& theirs,
     const Record& own,
     const char* (*dtypeName)(uint8_t)) {
-  const bool ownFirst = own.source < theirs.source;
-  const Record& low = ownFirst ? own : theirs;
-  const Record& high = ownFirst ? theirs : own;
+  const auto [low, high] = inOrder(theirs, own);
   const auto differ =
-      [&](const std::string& what, const auto& lowHas, const auto& highHas) {
-        return concat(
-            "rank ",
-            low.source,
-            " has ",
-            what,
-            lowHas,
-            ", rank ",
-            high.source,
-            " has ",
-            highHas,
-            "; they must agree");
+      [&low, &high](
+          const std::string& what, const auto& lowHas, const auto& highHas) {
+        return difference(low, high, what, lowHas, highHas);
       };
   if (low.plan != high.plan) {
     return differ("plan ", low.plan, high.plan);
@@ -109,6 +128,45 @@ std::string findRowDisagreement(
         static_cast<int>(high.scalarBytes));
   }
   return "";
+}
+
+std::string findMessageDisagreement(
+    const Record& theirs,
+    const Record& own,
+    const char* (*dtypeName)(uint8_t),
+    const char* (*reductionName)(uint8_t)) {
+  const auto [low, high] = inOrder(theirs, own);
+  if (low.dtype != high.dtype && dtypeName != nullptr) {
+    return difference(
+        low, high, "tensors of ", dtypeName(low.dtype), dtypeName(high.dtype));
+  }
+  if (low.scalarBytes != high.scalarBytes && reductionName != nullptr) {
+    return difference(
+        low,
+        high,
+        "the operation ",
+        reductionName(low.scalarBytes),
+        reductionName(high.scalarBytes));
+  }
+  if (low.owner != high.owner) {
+    return difference(low, high, "the root ", low.owner, high.owner);
+  }
+  if (low.receiveBytes != high.receiveBytes) {
+    return difference(
+        low, high, "bytes in all: ", low.receiveBytes, high.receiveBytes);
+  }
+  if (low.sendBytes == high.sendBytes) {
+    return "";
+  }
+  return concat(
+      "rank ",
+      theirs.source,
+      " sends ",
+      theirs.sendBytes,
+      " bytes to rank ",
+      own.source,
+      ", which expects ",
+      own.sendBytes);
 }
 
 }  // namespace automoe

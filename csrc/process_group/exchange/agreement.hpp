@@ -31,4 +31,12 @@ std::string findDisagreement(
 std::string findRowDisagreement(
     const Record& theirs, const Record& own, const char* (*dtypeName)(uint8_t));
 
+/// The same for a message: the record that has come, and the one that this rank
+/// would have sent in its place.
+std::string findMessageDisagreement(
+    const Record& theirs,
+    const Record& own,
+    const char* (*dtypeName)(uint8_t),
+    const char* (*reductionName)(uint8_t));
+
 }  // namespace automoe

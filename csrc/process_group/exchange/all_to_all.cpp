@@ -186,9 +186,7 @@ bool AllToAll::sizesAgree(int rank) {
   if (text.empty()) {
     return true;
   }
-  group_.fail(
-      FailureKind::kMismatch,
-      concat(title(), " of group ", group_.name(), ": ", text));
+  group_.failMismatch(title(), text);
   return false;
 }
 

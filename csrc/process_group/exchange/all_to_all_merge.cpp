@@ -13,7 +13,7 @@ namespace automoe {
 void AllToAll::mergeRows(int node) {
   const Topology& topology = group_.topology();
   NodeRide& ride = rides_[static_cast<size_t>(node)];
-  if (!ride.large || !group_.engine().config().mergeRows) {
+  if (!ride.large || !group_.mergesRows()) {
     return;
   }
   std::vector<std::span<const std::byte>> blocks;

@@ -9,6 +9,17 @@
 
 namespace automoe {
 
+int rotation(const Topology& topology, int destination) {
+  const int nodes = topology.numNodes();
+  const int node = topology.nodeOf(destination);
+  const auto perNode = static_cast<int>(topology.ranksOf(node).size());
+  const int hop = (node - topology.node() + nodes) % nodes;
+  const int rail = (topology.localRankOf(destination) -
+                    topology.localRank() % perNode + perNode) %
+                   perNode;
+  return hop * topology.size() + rail;
+}
+
 Collective::Collective(Group& group, uint64_t sequence, OperationKind kind)
     : Operation(sequence, Clock::time_point::max()),
       group_(group),
@@ -81,19 +92,11 @@ void Collective::sendRecord(
 }
 
 DirectSend Collective::directSend(int destination) {
-  const Topology& topology = group_.topology();
-  const int nodes = topology.numNodes();
-  const int node = topology.nodeOf(destination);
-  const auto perNode = static_cast<int>(topology.ranksOf(node).size());
-  const int hop = (node - topology.node() + nodes) % nodes;
-  const int rail = (topology.localRankOf(destination) -
-                    topology.localRank() % perNode + perNode) %
-                   perNode;
   DirectSend job;
   job.operation = shared_from_this();
   job.process = group_.peer(destination).process;
   job.record = makeRecord(RecordKind::kPayload, destination);
-  job.order = {sequence(), hop * topology.size() + rail};
+  job.order = {sequence(), rotation(group_.topology(), destination)};
   job.done = [this] { stepDone(); };
   return job;
 }

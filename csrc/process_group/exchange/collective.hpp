@@ -10,10 +10,15 @@
 #include "process_group/exchange/operation.hpp"
 #include "process_group/exchange/record.hpp"
 #include "process_group/exchange/transfers.hpp"
+#include "process_group/topology/topology.hpp"
 
 namespace automoe {
 
 class Group;
+
+/// When a transfer to a rank of another node is due: the next node first, and
+/// of its ranks the one on our rail, so that not all send to one at a time.
+int rotation(const Topology& topology, int destination);
 
 /// One collective as a state machine on the engine. Exists from the first
 /// record of any rank or from the own call, whichever comes first. It ends

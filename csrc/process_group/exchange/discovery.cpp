@@ -182,7 +182,7 @@ std::vector<std::string> findings(
   return found;
 }
 
-Introduction introduce(const Engine& engine) {
+Introduction introduce(const Engine& engine, const GroupSettings& settings) {
   Introduction self;
   self.process = engine.process();
   AUTOMOE_CHECK(
@@ -191,7 +191,7 @@ Introduction introduce(const Engine& engine) {
   self.pid = ::getpid();
   self.host = hostName();
   self.memoryAddress = engine.memoryAddress();
-  self.node = engine.config().node;
+  self.node = settings.node.empty() ? engine.config().node : settings.node;
   return self;
 }
 
@@ -204,16 +204,19 @@ std::shared_ptr<Group> joinGroup(
     int size,
     const std::string& name,
     std::chrono::milliseconds timeout,
-    std::vector<int> globalRanks) {
+    std::vector<int> globalRanks,
+    const GroupSettings& settings) {
   engine.checkUsable();
-  const Introduction self = introduce(engine);
+  const Introduction self = introduce(engine, settings);
+  const bool mergeRows = settings.mergeRows.value_or(engine.config().mergeRows);
   if (size == 1) {
     return engine.addGroup(Membership{
         .id = groupId(name, self.nonce),
         .name = name,
         .topology = Topology::fromNodeLabels({0}, 0),
         .peers = {nullptr},
-        .globalRanks = std::move(globalRanks)});
+        .globalRanks = std::move(globalRanks),
+        .mergeRows = mergeRows});
   }
   const auto deadline = Clock::now() + timeout;
   Round round(store, name, rank, size);
@@ -257,7 +260,8 @@ std::shared_ptr<Group> joinGroup(
       .name = name,
       .topology = std::move(topology),
       .peers = std::move(peers),
-      .globalRanks = std::move(globalRanks)});
+      .globalRanks = std::move(globalRanks),
+      .mergeRows = mergeRows});
 }
 
 }  // namespace automoe

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,12 @@
 #include "process_group/exchange/engine.hpp"
 
 namespace automoe {
+
+/// What a group is given for itself; else the process's setting holds.
+struct GroupSettings {
+  std::string node;  // a pin, see Config::node
+  std::optional<bool> mergeRows;
+};
 
 /// Collective: every rank of the group calls it with the same store and name.
 ///
@@ -33,6 +40,7 @@ std::shared_ptr<Group> joinGroup(
     int size,
     const std::string& name,
     std::chrono::milliseconds timeout,
-    std::vector<int> globalRanks = {});
+    std::vector<int> globalRanks = {},
+    const GroupSettings& settings = {});
 
 }  // namespace automoe

@@ -7,23 +7,16 @@
 
 #include "process_group/common/error.hpp"
 #include "process_group/common/log.hpp"
-#include "process_group/exchange/combine.hpp"
-#include "process_group/exchange/dispatch.hpp"
 #include "process_group/exchange/engine.hpp"
-#include "process_group/exchange/plan_exchange.hpp"
 
 namespace automoe {
 namespace {
 
-// Of a failure that is told to others; names of many ranks may be longer.
-constexpr size_t kTextBytes = 4 * 1024;
-
-// A timeout that means "never" must not overflow.
-Operation::Clock::time_point after(std::chrono::milliseconds timeout) {
-  constexpr auto kLongest = std::chrono::hours(24 * 365);
-  return Operation::Clock::now() +
-         std::min<std::chrono::milliseconds>(timeout, kLongest);
-}
+// A message of a rank that has left may come on another path than its goodbye.
+constexpr auto kLastMessages = std::chrono::seconds(1);
+constexpr size_t kRecent = 32;
+// The next step where nothing has failed.
+constexpr const char* kRaise = "; raise the timeout if ranks may be so late";
 
 }  // namespace
 
@@ -31,7 +24,11 @@ Group::Group(Engine& engine, Membership membership)
     : engine_(engine),
       membership_(std::move(membership)),
       left_(static_cast<size_t>(topology().size())),
-      leftAt_(static_cast<size_t>(topology().size())) {}
+      leftAt_(static_cast<size_t>(topology().size())),
+      leftSince_(static_cast<size_t>(topology().size())),
+      messages_(*this),
+      pairs_(*this),
+      recent_(kRecent) {}
 
 Record Group::makeRecord(
     RecordKind kind, uint64_t sequence, int destination) const {
@@ -54,176 +51,14 @@ Mate& Group::mate(int rank) {
   return *peer->mate;
 }
 
-// ---- the caller's side ----
-
-std::shared_ptr<Operation> Group::allToAll(
-    AllToAllArguments arguments,
-    std::chrono::milliseconds timeout,
-    OperationCallbacks callbacks) {
-  const auto size = static_cast<size_t>(topology().size());
-  const auto self = static_cast<size_t>(topology().rank());
-  if (arguments.sends.size() != size || arguments.receives.size() != size) {
-    throw InvalidArgument(concat(
-        "all_to_all: ",
-        arguments.sends.size(),
-        " input and ",
-        arguments.receives.size(),
-        " output blocks, expected one for each of ",
-        size,
-        " ranks"));
-  }
-  const auto& mine = arguments.sends[self];
-  const auto& own = arguments.receives[self];
-  if (mine.bytes != own.bytes) {
-    throw InvalidArgument(concat(
-        "all_to_all: rank ",
-        self,
-        " sends ",
-        mine.bytes,
-        " bytes to itself, but expects ",
-        own.bytes));
-  }
-  if (own.bytes > 0) {
-    std::memmove(own.data, mine.data, own.bytes);
-  }
-  return post(
-      OperationKind::kAllToAll,
-      timeout,
-      std::move(callbacks),
-      [&](Collective& it, Operation::Clock::time_point deadline) {
-        static_cast<AllToAll&>(it).post(std::move(arguments), deadline);
-      });
-}
-
-std::shared_ptr<Operation> Group::plan(
-    std::shared_ptr<RouteBuilder> builder,
-    std::chrono::milliseconds timeout,
-    OperationCallbacks callbacks) {
-  return post(
-      OperationKind::kPlan,
-      timeout,
-      std::move(callbacks),
-      [&](Collective& it, Operation::Clock::time_point deadline) {
-        static_cast<PlanExchange&>(it).post(std::move(builder), deadline);
-      });
-}
-
-std::shared_ptr<Operation> Group::dispatch(
-    DispatchArguments arguments,
-    std::chrono::milliseconds timeout,
-    OperationCallbacks callbacks) {
-  const Route route(arguments.route);
-  checkRoute(route);
-  clearPadding(arguments);
-  moveOwnRows(route, arguments);
-  return post(
-      OperationKind::kDispatch,
-      timeout,
-      std::move(callbacks),
-      [&](Collective& it, Operation::Clock::time_point deadline) {
-        static_cast<Dispatch&>(it).post(std::move(arguments), route, deadline);
-      });
-}
-
-std::shared_ptr<Operation> Group::combine(
-    CombineArguments arguments,
-    std::chrono::milliseconds timeout,
-    OperationCallbacks callbacks) {
-  const Route route(arguments.route);
-  checkRoute(route);
-  return post(
-      OperationKind::kCombine,
-      timeout,
-      std::move(callbacks),
-      [&](Collective& it, Operation::Clock::time_point deadline) {
-        static_cast<Combine&>(it).post(std::move(arguments), route, deadline);
-      });
-}
-
-void Group::checkRoute(const Route& route) const {
-  const Topology& own = topology();
-  const auto nodes = route.nodeOfRank();
-  bool same = route.rank() == own.rank() && route.size() == own.size() &&
-              route.numNodes() == own.numNodes();
-  for (int rank = 0; same && rank < own.size(); ++rank) {
-    same = nodes[static_cast<size_t>(rank)] == own.nodeOf(rank);
-  }
-  if (!same) {
-    throw InvalidArgument(concat(
-        "plan: it was made for rank ",
-        route.rank(),
-        " of ",
-        route.size(),
-        " on ",
-        route.numNodes(),
-        " nodes, but this is rank ",
-        own.rank(),
-        " of ",
-        own.size(),
-        " on ",
-        own.numNodes(),
-        " in group ",
-        name(),
-        "; use a plan with the group that made it"));
-  }
-}
-
-std::shared_ptr<Operation> Group::post(
-    OperationKind kind,
-    std::chrono::milliseconds timeout,
-    OperationCallbacks callbacks,
-    const Start& start) {
-  engine_.checkForked();
-  const std::lock_guard lock(engine_.mutex());
-  engine_.checkUsable();
-  if (leaving_) {
-    throw InvalidArgument(
-        concat("group ", name(), " has been destroyed on this rank"));
-  }
-  if (failed()) {
-    std::rethrow_exception(makeError(""));
-  }
-  const uint64_t sequence = nextSequence_++;
-  auto posted = operation(sequence, kind, topology().rank());
-  counters_.operations += 1;
-  if (posted == nullptr) {  // the group has failed
-    posted = make(sequence, kind, topology().rank());
-    posted->setCallbacks(std::move(callbacks));
-    posted->finish(makeError(""));
-    engine_.kick();
-    return posted;
-  }
-  posted->setCallbacks(std::move(callbacks));
-  for (size_t rank = 0; rank < left_.size(); ++rank) {
-    if (left_[rank] && sequence >= leftAt_[rank]) {
-      fail(
-          FailureKind::kPeer,
-          concat("rank ", rank, " has left group ", name()));
-      engine_.kick();
-      return posted;
-    }
-  }
-  if (refusedByOthers_.contains(sequence)) {
-    failRefused(sequence);
-    engine_.kick();
-    return posted;
-  }
-  try {
-    start(*posted, after(timeout));
-  } catch (const Error& error) {
-    // Of what another rank had sent for it before.
-    fail(FailureKind::kTransport, error.what());
-  }
-  engine_.kick();
-  return posted;
-}
+// ---- the end of a group's use ----
 
 void Group::leave(std::chrono::milliseconds timeout) {
   if (engine_.forked()) {
     return;
   }
-  const auto until = after(timeout);
-  std::vector<std::shared_ptr<Collective>> pending;
+  const auto until = deadlineAfter(timeout);
+  std::vector<std::shared_ptr<Operation>> pending;
   {
     const std::lock_guard lock(engine_.mutex());
     for (const auto& [sequence, it] : operations_) {
@@ -231,6 +66,8 @@ void Group::leave(std::chrono::milliseconds timeout) {
         pending.push_back(it);
       }
     }
+    pending.insert(
+        pending.end(), pairs_.pending().begin(), pairs_.pending().end());
   }
   for (const auto& it : pending) {
     engine_.wait(*it, until);
@@ -239,21 +76,27 @@ void Group::leave(std::chrono::milliseconds timeout) {
   if (leaving_) {
     return;
   }
+  const auto failPending = [this](const auto& it) {
+    fail(
+        FailureKind::kAborted,
+        concat(
+            "rank ",
+            topology().rank(),
+            " destroyed group ",
+            name(),
+            " while ",
+            it->title(),
+            " waited for ",
+            it->waitsFor()));
+  };
   for (const auto& [sequence, it] : operations_) {
     if (it->posted()) {
-      fail(
-          FailureKind::kAborted,
-          concat(
-              "rank ",
-              topology().rank(),
-              " destroyed group ",
-              name(),
-              " while ",
-              it->title(),
-              " waited for ",
-              it->waitsFor()));
+      failPending(it);
       break;
     }
+  }
+  if (!pairs_.empty()) {
+    failPending(pairs_.pending().front());
   }
   leaving_ = true;
   if (!failed()) {
@@ -283,29 +126,13 @@ void Group::abort(const std::string& reason) {
   }
 }
 
-void Group::refuse(const std::string& text) {
+void Group::giveUp(const std::string& text) {
   engine_.checkForked();
   const std::lock_guard lock(engine_.mutex());
-  engine_.checkUsable();
-  if (leaving_ || failed()) {
-    return;
+  if (!leaving_) {
+    fail(FailureKind::kTimeout, text);
+    engine_.kick();
   }
-  const uint64_t sequence = nextSequence_++;
-  refusedByOthers_.erase(sequence);
-  refused_.insert(sequence);
-  const auto it = operations_.find(sequence);
-  if (it != operations_.end()) {  // others have posted it, and will fail
-    const auto theirs = it->second;
-    operations_.erase(it);
-    theirs->abandon();
-  }
-  Record record = makeRecord(RecordKind::kRefused, sequence, 0);
-  const auto payload =
-      std::as_bytes(std::span(text).first(std::min(text.size(), kTextBytes)));
-  record.bytes = payload.size();
-  tellMates(record, payload);
-  tellNodes(record, payload);
-  engine_.kick();
 }
 
 std::exception_ptr Group::failure() {
@@ -341,6 +168,10 @@ void Group::fail(FailureKind kind, const std::string& text, bool tellOthers) {
       it->finish(failure_);
     }
   }
+  for (const auto& it : pairs_.abandon()) {
+    it->finish(makeError(concat(it->title(), " waited for ", it->waitsFor())));
+  }
+  messages_.abandon();
   if (tellOthers && !leaving_) {
     Record record = makeRecord(RecordKind::kFailed, 0, 0);
     record.dtype = static_cast<uint8_t>(kind);
@@ -387,6 +218,7 @@ void Group::handleLeaving(const Record& record, bool byNetwork) {
   const auto rank = static_cast<size_t>(record.source);
   left_[rank] = true;
   leftAt_[rank] = record.sequence;
+  leftSince_[rank] = Operation::Clock::now();
   for (const auto& [sequence, it] : operations_) {
     if (it->posted() && sequence >= record.sequence &&
         !it->hasPosted(record.source)) {
@@ -456,7 +288,8 @@ void Group::checkDeadlines(Operation::Clock::time_point now) {
     if (it->posted()) {
       it->remind(now);
     }
-    if (it->posted() && it->deadline() < now) {
+    std::string answers;
+    if (it->posted() && it->deadline() < now && inquire(*it, now, answers)) {
       fail(
           FailureKind::kTimeout,
           concat(
@@ -467,10 +300,101 @@ void Group::checkDeadlines(Operation::Clock::time_point now) {
               " of group ",
               name(),
               ", waiting for ",
-              it->waitsFor()));
+              it->waitsFor(),
+              answers,
+              kRaise));
       return;
     }
   }
+  checkPairs(now);
+}
+
+bool Group::inquire(
+    const Collective& late,
+    Operation::Clock::time_point now,
+    std::string& text) {
+  if (late.operationKind() < OperationKind::kBarrier) {
+    return true;  // it has been told who has posted
+  }
+  const auto it = inquiries_.find(late.sequence());
+  if (it == inquiries_.end()) {
+    inquiries_.emplace(
+        late.sequence(), Inquiry(topology().size(), topology().rank(), now));
+    for (int rank = 0; rank < topology().size(); ++rank) {
+      if (rank != topology().rank()) {
+        tell(rank, makeRecord(RecordKind::kAsk, late.sequence(), rank));
+      }
+    }
+    return false;
+  }
+  if (!it->second.over(now)) {
+    return false;
+  }
+  text = concat("; ", it->second.result());
+  return true;
+}
+
+void Group::tell(int rank, const Record& record) {
+  if (topology().nodeOf(rank) == topology().node()) {
+    mate(rank).post(asBytes(record));
+  } else {
+    engine_.network().send(
+        peer(rank).process, asBytes(record), {}, [](bool) {});
+  }
+}
+
+void Group::handleAsk(const Record& record) {
+  if (record.kind == RecordKind::kAsk) {
+    Record answer =
+        makeRecord(RecordKind::kAnswer, record.sequence, record.source);
+    answer.rows = record.sequence < nextSequence_ ? 1 : 0;
+    tell(record.source, answer);
+    return;
+  }
+  const auto it = inquiries_.find(record.sequence);
+  if (it != inquiries_.end()) {
+    it->second.answered(record.source, record.rows != 0);
+  }
+}
+
+void Group::checkPairs(Operation::Clock::time_point now) {
+  for (const auto& it : pairs_.pending()) {
+    for (size_t rank = 0; rank < left_.size(); ++rank) {
+      if (left_[rank] && now - leftSince_[rank] > kLastMessages &&
+          it->needs(static_cast<int>(rank))) {
+        fail(
+            FailureKind::kPeer,
+            concat(
+                "rank ",
+                rank,
+                " has left group ",
+                name(),
+                "; ",
+                it->title(),
+                " waited for it"));
+        return;
+      }
+    }
+    if (it->deadline() < now) {
+      fail(
+          FailureKind::kTimeout,
+          concat(
+              "rank ",
+              topology().rank(),
+              " timed out in ",
+              it->title(),
+              " in group ",
+              name(),
+              ", waiting for ",
+              it->waitsFor(),
+              kRaise));
+      return;
+    }
+  }
+}
+
+void Group::remember(uint64_t sequence, const MessageDescription& description) {
+  recent_[sequence % kRecent] = {sequence, description};
 }
 
 bool Group::over() const {

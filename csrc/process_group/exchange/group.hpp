@@ -14,6 +14,9 @@
 
 #include "process_group/exchange/all_to_all.hpp"
 #include "process_group/exchange/combine_arguments.hpp"
+#include "process_group/exchange/inquiry.hpp"
+#include "process_group/exchange/messages.hpp"
+#include "process_group/exchange/pairs.hpp"
 #include "process_group/exchange/peer_table.hpp"
 #include "process_group/exchange/record.hpp"
 #include "process_group/exchange/row_moves.hpp"
@@ -24,6 +27,7 @@ namespace automoe {
 class Engine;
 class Route;
 class RouteBuilder;
+struct ScheduledArguments;
 
 /// What the ranks of a new group have found out about each other.
 struct Membership {
@@ -33,6 +37,8 @@ struct Membership {
   std::vector<Peer*> peers;  // by group rank; null for the own rank
   /// By group rank: its number in the whole job. Empty: the same.
   std::vector<int> globalRanks = {};
+  /// See Config::mergeRows.
+  bool mergeRows = true;
 };
 
 struct GroupCounters {
@@ -61,11 +67,15 @@ enum class FailureKind : uint8_t {
 /// Public methods take the engine's lock unless said otherwise.
 class Group {
  public:
+  /// Of a failure that is told to others; names of many ranks may be longer.
+  static constexpr size_t kTextBytes = 4 * 1024;
+
   Group(Engine& engine, Membership membership);
 
   const Topology& topology() const { return membership_.topology; }
   const std::string& name() const { return membership_.name; }
   uint64_t id() const { return membership_.id; }
+  bool mergesRows() const { return membership_.mergeRows; }
 
   /// Posts an all_to_all and returns at once. Throws the failure of the group
   /// if it has one, InvalidArgument for blocks that do not fit the group.
@@ -89,6 +99,21 @@ class Group {
       CombineArguments arguments,
       std::chrono::milliseconds timeout,
       OperationCallbacks callbacks);
+  /// The same for a collective that follows a schedule.
+  std::shared_ptr<Operation> collective(
+      ScheduledArguments arguments,
+      std::chrono::milliseconds timeout,
+      OperationCallbacks callbacks);
+  /// The same for one message to or from another rank; these have no number
+  /// among the collectives. InvalidArgument for a rank that is not another.
+  std::shared_ptr<PairOperation> send(
+      const PairArguments& arguments,
+      std::chrono::milliseconds timeout,
+      OperationCallbacks callbacks);
+  std::shared_ptr<PairOperation> receive(
+      const PairArguments& arguments,
+      std::chrono::milliseconds timeout,
+      OperationCallbacks callbacks);
   /// Throws InvalidArgument for a route of another group. Takes no lock.
   void checkRoute(const Route& route) const;
   /// Instead of the next collective, because of an argument that only this rank
@@ -101,6 +126,8 @@ class Group {
   void leave(std::chrono::milliseconds timeout);
   /// Fails every operation now, here and at the other ranks.
   void abort(const std::string& reason);
+  /// The same because somebody did not come in time; says who.
+  void giveUp(const std::string& text);
   /// Null while the group works.
   std::exception_ptr failure();
   GroupCounters counters();
@@ -113,6 +140,12 @@ class Group {
   /// may come from a peer).
   Mate& mate(int rank);
   GroupCounters& mutableCounters() { return counters_; }
+  Messages& messages() { return messages_; }
+  /// A record without a payload to one other rank.
+  void tell(int rank, const Record& record);
+  /// What a collective was that ends or has ended: a message of another rank
+  /// may still come and show that its call was another.
+  void remember(uint64_t sequence, const MessageDescription& description);
   Record makeRecord(RecordKind kind, uint64_t sequence, int destination) const;
   /// A message for this group. `fromMate` is null when it came by network.
   void handle(
@@ -120,10 +153,12 @@ class Group {
       std::span<const std::byte> payload,
       const Mate* fromMate);
   void fail(FailureKind kind, const std::string& text, bool tellOthers = true);
+  /// Ranks do not agree on the arguments of a call, such as "gather number 7".
+  void failMismatch(const std::string& title, const std::string& text);
   void peerGone(const Peer& peer, const std::string& cause);
   void checkDeadlines(Operation::Clock::time_point now);
   void operationEnded(uint64_t sequence);
-  bool busy() const { return !operations_.empty(); }
+  bool busy() const { return !operations_.empty() || !pairs_.empty(); }
   /// True once nobody needs this rank in the group any more.
   bool over() const;
   bool failed() const { return failure_ != nullptr; }
@@ -132,6 +167,12 @@ class Group {
   using Start =
       std::function<void(Collective&, Operation::Clock::time_point deadline)>;
 
+  void checkOpen();
+  std::shared_ptr<PairOperation> postPair(
+      bool sends,
+      const PairArguments& arguments,
+      std::chrono::milliseconds timeout,
+      OperationCallbacks callbacks);
   std::shared_ptr<Operation> post(
       OperationKind kind,
       std::chrono::milliseconds timeout,
@@ -141,10 +182,16 @@ class Group {
   /// failed, when `rank` calls another collective than the others.
   std::shared_ptr<Collective> operation(
       uint64_t sequence, OperationKind kind, int rank);
+  struct Call {
+    int rank;
+    OperationKind kind;
+  };
+  void failKinds(uint64_t sequence, Call low, Call high);
   std::shared_ptr<Collective> make(
       uint64_t sequence, OperationKind kind, int rank);
   void handleLate(
       const Record& record, std::span<const std::byte> payload, bool byNetwork);
+  bool handleMessage(const Record& record, std::span<const std::byte> payload);
   void handleCollective(
       const Record& record, std::span<const std::byte> payload, bool byNetwork);
   /// Gives back node memory of a record that comes after the failure.
@@ -162,6 +209,13 @@ class Group {
   void handleLeaving(const Record& record, bool byNetwork);
   void tellMates(const Record& record, std::span<const std::byte> payload);
   void tellNodes(const Record& record, std::span<const std::byte> payload);
+  void checkPairs(Operation::Clock::time_point now);
+  /// True when it is time to fail; `text` then says what others have answered.
+  bool inquire(
+      const Collective& late,
+      Operation::Clock::time_point now,
+      std::string& text);
+  void handleAsk(const Record& record);
   std::exception_ptr makeError(const std::string& waitedFor) const;
 
   Engine& engine_;
@@ -174,7 +228,14 @@ class Group {
   std::set<uint64_t> refused_;
   std::vector<bool> left_;
   std::vector<uint64_t> leftAt_;  // first operation it will not post
+  std::vector<Operation::Clock::time_point> leftSince_;
+  Messages messages_;
+  PairTable pairs_;
+  uint64_t pairNumber_ = 0;
+  /// Of the latest collectives, by number modulo the size.
+  std::vector<std::pair<uint64_t, MessageDescription>> recent_;
   bool leaving_ = false;
+  std::map<uint64_t, Inquiry> inquiries_;  // by number of the collective
   std::exception_ptr failure_;
   FailureKind failureKind_ = FailureKind::kTransport;
   std::string failureText_;

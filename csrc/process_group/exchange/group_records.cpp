@@ -9,6 +9,7 @@
 #include "process_group/exchange/group.hpp"
 #include "process_group/exchange/plan_exchange.hpp"
 #include "process_group/exchange/relay.hpp"
+#include "process_group/exchange/scheduled.hpp"
 
 namespace automoe {
 
@@ -27,6 +28,16 @@ std::shared_ptr<Collective> Group::make(
       break;
     case OperationKind::kCombine:
       made = std::make_shared<Combine>(*this, sequence);
+      break;
+    case OperationKind::kBarrier:
+    case OperationKind::kBroadcast:
+    case OperationKind::kGather:
+    case OperationKind::kScatter:
+    case OperationKind::kAllGather:
+    case OperationKind::kReduce:
+    case OperationKind::kAllReduce:
+    case OperationKind::kReduceScatter:
+      made = std::make_shared<ScheduledCollective>(*this, sequence, kind);
       break;
     default:
       throw TransportError(concat(
@@ -50,14 +61,17 @@ std::shared_ptr<Collective> Group::operation(
   if (it->second->operationKind() == kind) {
     return it->second;
   }
+  failKinds(
+      sequence,
+      {it->second->firstRank(), it->second->operationKind()},
+      {rank, kind});
+  return nullptr;
+}
+
+void Group::failKinds(uint64_t sequence, Call low, Call high) {
   // The lower rank first, so that every rank says the same.
-  int low = it->second->firstRank();
-  int high = rank;
-  const char* lowCalls = nameOf(it->second->operationKind());
-  const char* highCalls = nameOf(kind);
-  if (high < low) {
+  if (high.rank < low.rank) {
     std::swap(low, high);
-    std::swap(lowCalls, highCalls);
   }
   fail(
       FailureKind::kMismatch,
@@ -67,18 +81,29 @@ std::shared_ptr<Collective> Group::operation(
           " of group ",
           name(),
           " is ",
-          lowCalls,
+          nameOf(low.kind),
           " on rank ",
-          low,
+          low.rank,
           ", but ",
-          highCalls,
+          nameOf(high.kind),
           " on rank ",
-          high,
+          high.rank,
           "; all ranks must call the same collectives in the same order"));
-  return nullptr;
+}
+
+void Group::failMismatch(const std::string& title, const std::string& text) {
+  fail(
+      FailureKind::kMismatch,
+      concat(
+          title,
+          " of group ",
+          name(),
+          ": ",
+          text.empty() ? "a message that no step waits for" : text));
 }
 
 void Group::operationEnded(uint64_t sequence) {
+  inquiries_.erase(sequence);
   operations_.erase(sequence);
 }
 
@@ -103,7 +128,14 @@ void Group::handle(
     handleFailed(record, payload, byNetwork);
     return;
   }
-  if (failed() || refused_.contains(record.sequence)) {
+  if (failed()) {
+    releaseUnread(record, byNetwork);
+    return;
+  }
+  if (handleMessage(record, payload)) {
+    return;
+  }
+  if (refused_.contains(record.sequence)) {
     releaseUnread(record, byNetwork);
     return;
   }
@@ -119,8 +151,46 @@ void Group::handle(
   handleCollective(record, payload, byNetwork);
 }
 
+bool Group::handleMessage(
+    const Record& record, std::span<const std::byte> payload) {
+  if (record.kind < RecordKind::kMessage) {
+    return false;
+  }
+  if (record.operation == OperationKind::kPair) {
+    if (record.kind == RecordKind::kMessage) {
+      pairs_.arrived(record, payload);
+    } else {
+      messages_.handle(record, payload);
+    }
+    return true;
+  }
+  if (record.kind == RecordKind::kCredit) {
+    messages_.handle(record, payload);
+    return true;
+  }
+  if (record.kind == RecordKind::kAsk || record.kind == RecordKind::kAnswer) {
+    handleAsk(record);
+    return true;
+  }
+  return false;
+}
+
 void Group::handleLate(
     const Record& record, std::span<const std::byte> payload, bool byNetwork) {
+  const auto& [sequence, own] = recent_[record.sequence % recent_.size()];
+  if (record.kind == RecordKind::kMessage && sequence == record.sequence) {
+    if (own.operation != record.operation) {
+      failKinds(
+          sequence,
+          {topology().rank(), own.operation},
+          {record.source, record.operation});
+    } else {
+      failMismatch(
+          concat(nameOf(own.operation), " number ", sequence),
+          messages_.disagreement(record, own));
+    }
+    return;
+  }
   if (record.kind != RecordKind::kCast ||
       record.operation != OperationKind::kAllToAll) {
     throw TransportError(concat(
@@ -146,6 +216,17 @@ void Group::handleCollective(
     return;
   }
   const bool isPosted = record.kind == RecordKind::kPosted;
+  if (record.kind >= RecordKind::kMessage) {
+    if (record.kind == RecordKind::kMessage) {
+      static_cast<ScheduledCollective&>(*it).check(record);
+    }
+    if (!failed()) {
+      messages_.handle(record, payload);
+    } else {
+      releaseUnread(record, byNetwork);
+    }
+    return;
+  }
   if (byNetwork && isPosted && record.operation == OperationKind::kAllToAll) {
     handlePacket(*it, record, payload);
     return;
@@ -204,7 +285,8 @@ void Group::releaseUnread(const Record& record, bool byNetwork) {
   const bool relayed = (record.kind == RecordKind::kPosted ||
                         record.kind == RecordKind::kCast) &&
                        !byNetwork && record.carrier == Carrier::kExtent;
-  if (relayed || record.kind == RecordKind::kStaged) {
+  if (relayed || record.kind == RecordKind::kStaged ||
+      record.kind == RecordKind::kMessageStaged) {
     Mate& owner = mate(relayed ? record.owner : record.source);
     NodeMemory::doneReading(owner.segment(), record.place);
     owner.wake();

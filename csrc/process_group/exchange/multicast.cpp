@@ -274,9 +274,7 @@ bool Multicast::agrees(int rank) {
   if (text.empty()) {
     return true;
   }
-  group_.fail(
-      FailureKind::kMismatch,
-      concat(title(), " of group ", group_.name(), ": ", text));
+  group_.failMismatch(title(), text);
   return false;
 }
 
@@ -344,9 +342,7 @@ void Multicast::arrived(
   try {
     take(rank, chunk, bytes);
   } catch (const InvalidArgument& error) {
-    group_.fail(
-        FailureKind::kMismatch,
-        concat(title(), " of group ", group_.name(), ": ", error.what()));
+    group_.failMismatch(title(), error.what());
     return;
   }
   if (state.posted && state.got == state.record.sendBytes) {

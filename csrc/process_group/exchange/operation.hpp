@@ -11,9 +11,12 @@
 
 namespace automoe {
 
-/// How the caller hears of the end. Both are called once, by whichever thread
+/// How the caller hears of the end. Each is called once, by whichever thread
 /// drives the engine, under its lock: they must neither block nor throw.
 struct OperationCallbacks {
+  /// The bytes are there: completes the caller's result before anybody can see
+  /// the operation as finished. Not called after a failure.
+  std::function<void()> completing;
   /// The result, or the error, is there.
   std::function<void()> finished;
   /// The engine will not touch the caller's memory any more (at the end or,
@@ -26,7 +29,7 @@ class Operation {
   using Clock = std::chrono::steady_clock;
 
   Operation(uint64_t sequence, Clock::time_point deadline)
-      : sequence_(sequence), deadline_(deadline) {}
+      : sequence_(sequence), deadline_(deadline), begun_(Clock::now()) {}
   virtual ~Operation() = default;
   Operation(const Operation&) = delete;
   Operation& operator=(const Operation&) = delete;
@@ -37,6 +40,10 @@ class Operation {
   std::exception_ptr error() const { return error_; }
   uint64_t sequence() const { return sequence_; }
   Clock::time_point deadline() const { return deadline_; }
+  /// Of the own call, or of another rank's first record before it.
+  Clock::time_point begun() const { return begun_; }
+  /// Only once finished().
+  Clock::time_point ended() const { return ended_; }
   /// What it still waits for, for error texts; with the engine's lock.
   virtual std::string waitsFor() const = 0;
 
@@ -55,10 +62,15 @@ class Operation {
  private:
   const uint64_t sequence_;
   Clock::time_point deadline_;
+  const Clock::time_point begun_;
+  Clock::time_point ended_;
   std::atomic<bool> finished_{false};
   std::exception_ptr error_;
   OperationCallbacks callbacks_;
   int pins_ = 1;  // its own, until finish()
 };
+
+/// From now; a timeout that means "never" does not overflow.
+Operation::Clock::time_point deadlineAfter(std::chrono::milliseconds timeout);
 
 }  // namespace automoe

@@ -18,6 +18,24 @@ const char* nameOf(OperationKind kind) {
       return "dispatch";
     case OperationKind::kCombine:
       return "combine";
+    case OperationKind::kBarrier:
+      return "barrier";
+    case OperationKind::kBroadcast:
+      return "broadcast";
+    case OperationKind::kGather:
+      return "gather";
+    case OperationKind::kScatter:
+      return "scatter";
+    case OperationKind::kAllGather:
+      return "all_gather";
+    case OperationKind::kReduce:
+      return "reduce";
+    case OperationKind::kAllReduce:
+      return "all_reduce";
+    case OperationKind::kReduceScatter:
+      return "reduce_scatter";
+    case OperationKind::kPair:
+      return "send";
   }
   return "?";
 }

@@ -20,6 +20,16 @@ enum class RecordKind : uint8_t {
   kLeaving = 6,        // "I use this group no more"
   kCast = 8,           // a chunk for every rank of a node
   kRefused = 9,        // "I will not post this one"; the payload says why
+  // Of a message between two ranks, see messages.hpp.
+  kMessage = 10,           // the message, or that there is one
+  kMessageReady = 11,      // "it may come"
+  kMessageChunk = 12,      // a part of it, over the network
+  kMessageStaged = 13,     // a part of it, in an extent of the source
+  kMessageRead = 14,       // as kReadDone
+  kMessageConfirmed = 15,  // as kReadConfirmed
+  kAsk = 17,               // "have you called this one?"
+  kAnswer = 18,            // `rows`: 1 or 0
+  kCredit = 16,  // "`bytes` of what rode to me have found their place"
 };
 
 /// Which collective a record belongs to.
@@ -28,6 +38,15 @@ enum class OperationKind : uint8_t {
   kPlan = 2,
   kDispatch = 3,
   kCombine = 4,
+  kBarrier = 5,
+  kBroadcast = 6,
+  kGather = 7,
+  kScatter = 8,
+  kAllGather = 9,
+  kReduce = 10,
+  kAllReduce = 11,
+  kReduceScatter = 12,
+  kPair = 13,  // a send and its receive; not a collective
 };
 
 /// "all_to_all", "plan", ...; "?" for a number that is no kind.
@@ -44,7 +63,8 @@ enum class Carrier : uint8_t {
 
 /// 104 bytes, little-endian. `group` is also the token against stray traffic
 /// and old jobs: a hash of the group's name and a nonce of this incarnation.
-/// What says "block" below is a row in a dispatch or combine.
+/// What says "block" below is a row in a dispatch or combine. Of a message, the
+/// fields say what its collective is, see MessageDescription.
 struct Record {
   static constexpr uint32_t kMagic = 0x656f6d61;  // "amoe"
   static constexpr uint8_t kVersion = 2;
