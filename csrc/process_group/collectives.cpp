@@ -152,6 +152,31 @@ WorkPtr ProcessGroupAutoMoe::gather(
   return post(std::move(call));
 }
 
+#ifdef C10D_BACKEND_HAS_HOOKS
+WorkPtr ProcessGroupAutoMoe::gather_into_tensor(
+    at::Tensor& output, at::Tensor& input, const c10d::GatherOptions& options) {
+  if (auto* device = inner("gather_into_tensor", {input})) {
+    return device->gather_into_tensor(output, input, options);
+  }
+  CollectiveCall call(
+      "automoe:gather",
+      OpType::GATHER,
+      OperationKind::kGather,
+      orDefault(options.timeout));
+  const int root = checkRoot(call.name(), options.rootRank);
+  const ConstBlock from = call.input(input);
+  std::vector<Block> to;
+  if (rank_ == root) {
+    call.checkSameType(output, input);
+    checkParts(call.name(), "output", output, "input", input, size_);
+    to = partsOf(call.output(output), size_);
+  }
+  call.describe(input, root, from.bytes);
+  call.setSchedule(makeGather(topology(), root, from, to));
+  return post(std::move(call));
+}
+#endif
+
 WorkPtr ProcessGroupAutoMoe::scatter(
     Tensors& outputs,
     TensorLists& inputs,

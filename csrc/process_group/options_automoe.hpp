@@ -15,6 +15,12 @@ struct OptionsAutoMoe final : c10d::Backend::Options {
       std::chrono::milliseconds timeout = kBackendDefaultTimeout)
       : Options(kBackendName, timeout) {}
 
+#ifdef C10D_BACKEND_HAS_HOOKS  // torch 2.14
+  c10::intrusive_ptr<Options> clone() const override {
+    return c10::make_intrusive<OptionsAutoMoe>(*this);
+  }
+#endif
+
   /// Whether equal rows of one all-to-all cross the network to a node once.
   /// Nothing: as AUTOMOE_MERGE_ROWS says.
   std::optional<bool> mergeRows;

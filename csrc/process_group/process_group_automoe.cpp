@@ -153,7 +153,7 @@ c10d::Backend* ProcessGroupAutoMoe::inner(
 
 WorkPtr ProcessGroupAutoMoe::launchUnrecorded(
     OperationTensors* tensors, const CallInfo& call, const Start& start) {
-  if (onCompletionHook_) {
+  if (onCompletionHook_ || !abortHooks_->empty()) {
     tensors->setAfterwards(completionTask(call.type));
   }
   const bool pair = c10d::isP2POp(call.type);
@@ -237,16 +237,23 @@ std::function<void(const Operation&)> ProcessGroupAutoMoe::completionTask(
     const std::lock_guard lock(pending_->mutex);
     pending_->count += 1;
   }
-  return [type, hook = onCompletionHook_, pending = pending_](
-             const Operation& operation) {
-    const std::chrono::duration<float> active =
-        operation.ended() - operation.begun();
-    hook(std::make_shared<c10d::WorkInfo>(
-        type,
-        operation.sequence(),
-        operation.begun(),
-        operation.ended(),
-        active));
+  return [type,
+          hook = onCompletionHook_,
+          abortHooks = abortHooks_,
+          pending = pending_](const Operation& operation) {
+    if (operation.error() != nullptr) {
+      abortHooks->run();
+    }
+    if (hook) {
+      const std::chrono::duration<float> active =
+          operation.ended() - operation.begun();
+      hook(std::make_shared<c10d::WorkInfo>(
+          type,
+          operation.sequence(),
+          operation.begun(),
+          operation.ended(),
+          active));
+    }
     const std::lock_guard lock(pending->mutex);
     pending->count -= 1;
     pending->changed.notify_all();
@@ -312,6 +319,7 @@ void ProcessGroupAutoMoe::setTimeout(milliseconds timeout) {
 }
 
 void ProcessGroupAutoMoe::abort() {
+  abortHooks_->run();
   group_->abort("abort() was called");
   if (inner_ != nullptr) {
     inner_->abort();

@@ -11,6 +11,7 @@
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
+#include "process_group/abort_hooks.hpp"
 #include "process_group/exchange/engine.hpp"
 #include "process_group/exchange/group.hpp"
 #include "process_group/exchange/schedules.hpp"
@@ -140,6 +141,16 @@ class ProcessGroupAutoMoe final : public c10d::Backend {
   void waitForPendingWorks() override;
   /// Works always know their duration.
   void enableCollectivesTiming() override {}
+#ifdef C10D_BACKEND_HAS_HOOKS  // torch 2.14
+  void registerAbortHook(int64_t id, c10d::AbortHook hook) override {
+    abortHooks_->add(id, std::move(hook));
+  }
+  void unregisterAbortHook(int64_t id) override { abortHooks_->remove(id); }
+  c10::intrusive_ptr<Work> gather_into_tensor(
+      at::Tensor& output,
+      at::Tensor& input,
+      const c10d::GatherOptions& options) override;
+#endif
   void setTimeout(std::chrono::milliseconds timeout) override;
   void abort() override;
   /// Waits for pending operations (at most 10 s), then leaves. Idempotent.
@@ -221,6 +232,8 @@ class ProcessGroupAutoMoe final : public c10d::Backend {
     int count = 0;
   };
   const std::shared_ptr<Pending> pending_ = std::make_shared<Pending>();
+  const std::shared_ptr<AbortHooks> abortHooks_ =
+      std::make_shared<AbortHooks>();
   std::atomic<uint64_t> calls_{0};
   std::atomic<uint64_t> messages_{0};  // sent or received
   std::atomic<bool> left_{false};
