@@ -16,7 +16,7 @@ struct Step {
 
   Kind kind = Kind::kSend;
   int peer = -1;      // group rank, of a message
-  uint32_t slot = 0;  // names the message among those of its two ranks
+  uint32_t slot = 0;  // names the message among those from rank to rank
   bool last = false;  // a reduction that also divides
   const std::byte* from = nullptr;  // send, copy
   std::byte* to = nullptr;          // all others
@@ -32,8 +32,9 @@ struct Step {
 /// and at the same time.
 ///
 /// A message goes from a send to the receive with the same slot on the other
-/// rank, and both name the same number of bytes; zero is allowed. Both ranks
-/// derive equal slots from what they share: topology, root and sizes.
+/// rank (one the other way may have that slot too), and both name the same
+/// number of bytes; zero is allowed. Both ranks derive equal slots from what
+/// they share: topology, root and sizes.
 class Schedule {
  public:
   using Id = uint32_t;

@@ -77,6 +77,7 @@ void addShares(Schedule& schedule, const Call& call) {
 
 Schedule makeBroadcast(
     const Topology& topology, int root, std::byte* data, uint64_t bytes) {
+  checkRoot(topology, root);
   Schedule schedule;
   const Call call{topology, root, data, bytes};
   if (bytes <= kSmallBroadcast || topology.numNodes() == 1) {

@@ -56,6 +56,7 @@ Schedule makeGather(
     int root,
     ConstBlock from,
     std::span<const Block> to) {
+  checkRoot(topology, root);
   Schedule schedule;
   if (topology.rank() != root) {
     addSend(schedule, root, from);
@@ -76,6 +77,7 @@ Schedule makeScatter(
     int root,
     std::span<const ConstBlock> from,
     Block to) {
+  checkRoot(topology, root);
   Schedule schedule;
   if (topology.rank() != root) {
     addReceive(schedule, root, to);

@@ -4,12 +4,21 @@
 #include <algorithm>
 #include <ranges>
 
+#include "process_group/common/error.hpp"
+
 namespace automoe {
 namespace {
 
 constexpr uint64_t kUnit = 64;
 
 }  // namespace
+
+void checkRoot(const Topology& topology, int root) {
+  if (root < 0 || root >= topology.size()) {
+    throw InvalidArgument(
+        concat("root: got ", root, ", expected 0 <= root < ", topology.size()));
+  }
+}
 
 std::vector<Range> cutEvenly(uint64_t bytes, uint64_t parts) {
   const uint64_t units = (bytes + kUnit - 1) / kUnit;

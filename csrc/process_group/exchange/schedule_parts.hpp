@@ -24,6 +24,9 @@ constexpr int kFewNodes = 8;
 constexpr uint64_t kPieceBytes = 256 << 10;
 constexpr uint64_t kMaxPieces = 64;  // of a block; longer blocks, longer pieces
 
+/// Throws InvalidArgument unless it is a rank.
+void checkRoot(const Topology& topology, int root);
+
 struct Range {
   uint64_t begin = 0;
   uint64_t bytes = 0;

@@ -208,6 +208,7 @@ Schedule makeReduce(
     const std::byte* from,
     std::byte* to,
     uint64_t bytes) {
+  checkRoot(topology, root);
   checkElements(reduction, bytes);
   Schedule schedule;
   if (bytes == 0) {

@@ -35,10 +35,9 @@ void ScheduledCollective::post(
   for (const Step& step : steps) {
     waits_.push_back(step.waitsFor);
   }
-  // Backwards, as they are taken from the end.
-  for (auto i = static_cast<uint32_t>(steps.size()); i > 0; --i) {
-    if (waits_[i - 1] == 0) {
-      ready_.push_back(i - 1);
+  for (uint32_t i = 0; i < steps.size(); ++i) {
+    if (waits_[i] == 0) {
+      ready_.push_back(i);
     }
   }
   run();
@@ -62,16 +61,17 @@ bool ScheduledCollective::failIf(const std::string& disagreement) {
   return true;
 }
 
-// A step that ends at once makes others possible: not by recursion, which
-// would be as deep as the schedule is long.
+// In the order in which they became possible, which is that of the schedule's
+// rotation. A step that ends at once makes others possible: not by recursion,
+// which would be as deep as the schedule is long.
 void ScheduledCollective::run() {
   if (running_) {
     return;
   }
   running_ = true;
   while (!ready_.empty() && !finished()) {
-    const uint32_t next = ready_.back();
-    ready_.pop_back();
+    const uint32_t next = ready_.front();
+    ready_.pop_front();
     begin(next);
   }
   running_ = false;

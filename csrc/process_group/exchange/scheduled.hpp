@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <string>
 #include <vector>
 
@@ -55,7 +56,7 @@ class ScheduledCollective final : public Collective {
   ScheduledArguments arguments_;
   std::vector<State> states_;
   std::vector<uint32_t> waits_;  // steps that have not ended, by step
-  std::vector<uint32_t> ready_;
+  std::deque<uint32_t> ready_;
   bool running_ = false;
 };
 

@@ -4,7 +4,9 @@
 // Every byte that all ranks of a node need crosses the network to it once, and
 // every sum leaves a node once: partial sums over its ranks are taken inside.
 // Bits depend on the topology, the sizes and the type alone: sums are taken
-// over the ranks of a node, ascending, and then over nodes, ascending.
+// over the ranks of a node, ascending, and then over nodes, ascending; but
+// small sums over many nodes go up a tree (kSmallSum, kFewNodes), in which each
+// node adds those below it, ascending, to its own.
 #pragma once
 
 #include <cstddef>
