@@ -242,10 +242,6 @@ def _bad_calls() -> dict[str, tuple[Callable[[], object], list[str]]]:
             _list(more, three[:1]),
             ["got 3 output and 1 input tensors", "3 ranks"],
         ),
-        "list: not contiguous": (
-            _list(more, [wide[0, ::2], *three[1:]]),
-            ["input tensor of shape [2]", "not contiguous"],
-        ),
         "list: dtypes": (
             _direct(more, [three[0], three[1], three[2].long()]),
             ["tensor 2 is Long", "dtype of input tensor 0, Float"],

@@ -28,10 +28,12 @@ void checkTensor(const char* call, const char* name, const at::Tensor& tensor) {
 
 void checkApart(
     const char* call, const at::Tensor& output, const at::Tensor& input) {
+  // What is not contiguous is copied.
+  const bool copied = !output.is_contiguous() || !input.is_contiguous();
   const auto* out = static_cast<const char*>(output.const_data_ptr());
   const auto* in = static_cast<const char*>(input.const_data_ptr());
   TORCH_CHECK(
-      output.nbytes() == 0 || input.nbytes() == 0 ||
+      copied || output.nbytes() == 0 || input.nbytes() == 0 ||
           out + output.nbytes() <= in || in + input.nbytes() <= out,
       call,
       ": output and input share memory; pass separate tensors");
@@ -106,29 +108,17 @@ std::vector<AllToAllArguments::Block> splitBlocks(
 
 WorkPtr ProcessGroupAutoMoe::postAllToAll(
     AllToAllArguments arguments,
-    const Tensors& inputs,
-    const Tensors& outputs,
-    const std::vector<int64_t>& inputSplits,
-    const std::vector<int64_t>& outputSplits,
+    OperationTensors* tensors,
+    const CallInfo& call,
     const c10d::AllToAllOptions& options) {
-  arguments.dtype = static_cast<uint8_t>(inputs.front().scalar_type());
-  arguments.elementBytes = static_cast<uint32_t>(inputs.front().element_size());
+  const at::Tensor& like = call.inputs.front();
+  arguments.dtype = static_cast<uint8_t>(like.scalar_type());
+  arguments.elementBytes = static_cast<uint32_t>(like.element_size());
   arguments.dtypeName = &dtypeName;
-  const bool base = arguments.rowBytes > 0 || inputs.size() == 1;
-  return launch(
-      new OperationTensors(inputs, outputs),
-      {base ? c10d::OpType::ALLTOALL_BASE : c10d::OpType::ALLTOALL,
-       "automoe:all_to_all",
-       inputs,
-       outputs,
-       inputSplits,
-       outputSplits},
-      [&](OperationCallbacks callbacks) {
-        return group_->allToAll(
-            std::move(arguments),
-            orDefault(options.timeout),
-            std::move(callbacks));
-      });
+  return launch(tensors, call, [&](OperationCallbacks callbacks) {
+    return group_->allToAll(
+        std::move(arguments), orDefault(options.timeout), std::move(callbacks));
+  });
 }
 
 WorkPtr ProcessGroupAutoMoe::alltoall_base(
@@ -158,10 +148,13 @@ WorkPtr ProcessGroupAutoMoe::alltoall_base(
   }
   return postAllToAll(
       std::move(arguments),
-      {input},
-      {output},
-      inputSplitSizes,
-      outputSplitSizes,
+      new OperationTensors({input}, {output}),
+      {c10d::OpType::ALLTOALL_BASE,
+       "automoe:all_to_all",
+       {input},
+       {output},
+       inputSplitSizes,
+       outputSplitSizes},
       options);
 }
 
@@ -180,31 +173,27 @@ WorkPtr ProcessGroupAutoMoe::alltoall(
       " input tensors, expected one for each of ",
       size,
       " ranks");
+  CollectiveCall call(
+      "automoe:all_to_all",
+      c10d::OpType::ALLTOALL,
+      OperationKind::kAllToAll,
+      orDefault(options.timeout));
   AllToAllArguments arguments;
   for (size_t rank = 0; rank < size; ++rank) {
-    checkTensor("all_to_all", "output tensor", outputs[rank]);
-    checkTensor("all_to_all", "input tensor", inputs[rank]);
-    for (const auto& tensor : {outputs[rank], inputs[rank]}) {
-      TORCH_CHECK_VALUE(
-          tensor.scalar_type() == inputs[0].scalar_type(),
-          "all_to_all: tensor ",
-          rank,
-          " is ",
-          tensor.scalar_type(),
-          ", expected the dtype of input tensor 0, ",
-          inputs[0].scalar_type());
-    }
+    call.checkSameType(inputs[rank], inputs.front());
+    call.checkSameType(outputs[rank], inputs.front());
     for (const auto& input : inputs) {
-      checkApart("all_to_all", outputs[rank], input);
+      checkApart(call.name(), outputs[rank], input);
     }
-    const auto block = [](const at::Tensor& tensor) {
-      return AllToAllArguments::Block{
-          static_cast<std::byte*>(tensor.data_ptr()), tensor.nbytes()};
-    };
-    arguments.sends.push_back(block(inputs[rank]));
-    arguments.receives.push_back(block(outputs[rank]));
+    const ConstBlock block = call.input(inputs[rank]);
+    arguments.sends.push_back(
+        {const_cast<std::byte*>(block.data), block.bytes});  // only read
   }
-  return postAllToAll(std::move(arguments), inputs, outputs, {}, {}, options);
+  for (const Block& block : call.outputs(outputs)) {
+    arguments.receives.push_back({block.data, block.bytes});
+  }
+  const CallInfo info{call.type(), call.title(), inputs, outputs, {}, {}};
+  return postAllToAll(std::move(arguments), call.takeTensors(), info, options);
 }
 
 }  // namespace automoe

@@ -35,6 +35,7 @@ std::optional<ElementType> elementTypeOf(at::ScalarType dtype) {
     case at::kUInt64:
       return ElementType::kUInt64;
     case at::kHalf:
+    case at::kComplexHalf:
       return ElementType::kFloat16;
     case at::kBFloat16:
       return ElementType::kBFloat16;
@@ -279,9 +280,12 @@ at::Tensor CollectiveCall::setReduction(
       type == c10d::ReduceOp::AVG || type == c10d::ReduceOp::PREMUL_SUM;
   const bool complexSum =
       !tensor.is_complex() || type == c10d::ReduceOp::SUM || scales;
-  const bool boolScaled = scales && tensor.scalar_type() == at::kBool;
+  const bool floats = tensor.is_floating_point() || tensor.is_complex();
+  const bool scalable =
+      !scales || floats ||
+      (type == c10d::ReduceOp::AVG && tensor.scalar_type() != at::kBool);
   TORCH_CHECK_VALUE(
-      kind.has_value() && element.has_value() && complexSum && !boolScaled &&
+      kind.has_value() && element.has_value() && complexSum && scalable &&
           kernels::supports(*element, *kind),
       name_,
       ": op ",

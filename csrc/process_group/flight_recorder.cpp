@@ -4,6 +4,7 @@
 #include <c10/util/ApproximateClock.h>
 #include <c10/util/thread_name.h>
 #include <torch/csrc/profiler/combined_traceback.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <thread>
@@ -61,6 +62,26 @@ void writeDtypes(PickleWriter& out, const Shapes& shapes) {
     out.text(c10::toString(dtype));
   }
   out.endList();
+}
+
+/// torch::symbolize() asks for frames of code that torch._inductor made, and by
+/// that imports it, for seconds, where nobody has: then there are none.
+torch::SymbolizedTracebacks namesOf(
+    const std::vector<torch::CapturedTraceback*>& tracebacks) {
+  const pybind11::gil_scoped_acquire gil;  // nobody sees the stand-in
+  const char* name = "_inductor";
+  const auto module = pybind11::module_::import("torch");
+  const bool absent =
+      !pybind11::module_::import("sys").attr("modules").contains(
+          "torch._inductor");
+  if (absent) {
+    module.attr(name) = pybind11::none();
+  }
+  auto symbols = torch::symbolize(tracebacks);
+  if (absent) {
+    pybind11::delattr(module, name);
+  }
+  return symbols;
 }
 
 void writeFrames(
@@ -322,7 +343,7 @@ std::string FlightRecorder::dump(bool stackTraces, bool onlyActive) const {
     for (const Entry& entry : entries) {
       tracebacks.push_back(entry.traceback.get());
     }
-    symbols = torch::symbolize(tracebacks);
+    symbols = namesOf(tracebacks);
   }
   out.text("entries");
   out.beginList();
@@ -359,7 +380,8 @@ void FlightRecorder::dumpOnFailure(int globalRank) {
   std::thread([this, globalRank] { writeFile(globalRank); }).detach();
 }
 
-void FlightRecorder::writeFile(int globalRank) noexcept {
+// Not noexcept: Python ends threads that want the GIL while it exits.
+void FlightRecorder::writeFile(int globalRank) {
   try {
     auto& writer = c10d::DebugInfoWriter::getWriter(globalRank);
     writer.write(dump(

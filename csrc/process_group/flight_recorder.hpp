@@ -116,7 +116,7 @@ class FlightRecorder {
   Group& group(const std::string& name);
   void end(uint64_t id, bool completed);
   void writeGroups(PickleWriter& out) const;
-  void writeFile(int globalRank) noexcept;
+  void writeFile(int globalRank);
 
   const size_t capacity_;
   const bool stackOfCpp_;

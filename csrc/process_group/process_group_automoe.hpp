@@ -181,12 +181,11 @@ class ProcessGroupAutoMoe final : public c10d::Backend {
   c10::intrusive_ptr<Work> launchUnrecorded(
       OperationTensors* tensors, const CallInfo& call, const Start& start);
   c10::intrusive_ptr<Work> post(CollectiveCall call);
+  /// Blocks that lie in `tensors`, which this takes over.
   c10::intrusive_ptr<Work> postAllToAll(
       AllToAllArguments arguments,
-      const Tensors& inputs,
-      const Tensors& outputs,
-      const std::vector<int64_t>& inputSplits,
-      const std::vector<int64_t>& outputSplits,
+      OperationTensors* tensors,
+      const CallInfo& call,
       const c10d::AllToAllOptions& options);
   c10::intrusive_ptr<Work> postAllGather(
       CollectiveCall call,

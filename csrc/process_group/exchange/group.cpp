@@ -8,6 +8,7 @@
 #include "process_group/common/error.hpp"
 #include "process_group/common/log.hpp"
 #include "process_group/exchange/engine.hpp"
+#include "process_group/exchange/scheduled.hpp"
 
 namespace automoe {
 namespace {
@@ -28,7 +29,7 @@ Group::Group(Engine& engine, Membership membership)
       leftSince_(static_cast<size_t>(topology().size())),
       messages_(*this),
       pairs_(*this),
-      recent_(kRecent) {}
+      recent_(kRecent, {0, MessageDescription{.total = kNoCall}}) {}
 
 Record Group::makeRecord(
     RecordKind kind, uint64_t sequence, int destination) const {
@@ -322,7 +323,13 @@ bool Group::inquire(
         late.sequence(), Inquiry(topology().size(), topology().rank(), now));
     for (int rank = 0; rank < topology().size(); ++rank) {
       if (rank != topology().rank()) {
-        tell(rank, makeRecord(RecordKind::kAsk, late.sequence(), rank));
+        // With what the call is, for whoever has made another.
+        tell(
+            rank,
+            messages_.makeRecord(
+                RecordKind::kAsk,
+                {.sequence = late.sequence(), .peer = rank},
+                static_cast<const ScheduledCollective&>(late).description()));
       }
     }
     return false;
@@ -345,6 +352,7 @@ void Group::tell(int rank, const Record& record) {
 
 void Group::handleAsk(const Record& record) {
   if (record.kind == RecordKind::kAsk) {
+    compareCalls(record);
     Record answer =
         makeRecord(RecordKind::kAnswer, record.sequence, record.source);
     answer.rows = record.sequence < nextSequence_ ? 1 : 0;

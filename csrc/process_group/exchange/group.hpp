@@ -216,6 +216,9 @@ class Group {
       Operation::Clock::time_point now,
       std::string& text);
   void handleAsk(const Record& record);
+  /// Whether the own call of that number is still known; fails the group if it
+  /// is another than the record is of.
+  bool compareCalls(const Record& record);
   std::exception_ptr makeError(const std::string& waitedFor) const;
 
   Engine& engine_;
@@ -233,6 +236,7 @@ class Group {
   PairTable pairs_;
   uint64_t pairNumber_ = 0;
   /// Of the latest collectives, by number modulo the size.
+  static constexpr uint64_t kNoCall = ~uint64_t{0};
   std::vector<std::pair<uint64_t, MessageDescription>> recent_;
   bool leaving_ = false;
   std::map<uint64_t, Inquiry> inquiries_;  // by number of the collective

@@ -175,20 +175,38 @@ bool Group::handleMessage(
   return false;
 }
 
+bool Group::compareCalls(const Record& record) {
+  const auto it = operations_.find(record.sequence);
+  const auto& [sequence, recent] = recent_[record.sequence % recent_.size()];
+  OperationKind kind = recent.operation;
+  const MessageDescription* own = &recent;
+  if (it != operations_.end() && it->second->posted()) {
+    kind = it->second->operationKind();
+    own = kind >= OperationKind::kBarrier
+              ? &static_cast<ScheduledCollective&>(*it->second).description()
+              : nullptr;
+  } else if (sequence != record.sequence || recent.total == kNoCall) {
+    return false;
+  }
+  if (kind != record.operation) {
+    failKinds(
+        record.sequence,
+        {topology().rank(), kind},
+        {record.source, record.operation});
+    return true;
+  }
+  const std::string text = messages_.disagreement(record, *own);
+  if (!text.empty()) {
+    failMismatch(concat(nameOf(kind), " number ", record.sequence), text);
+  }
+  return true;
+}
+
 void Group::handleLate(
     const Record& record, std::span<const std::byte> payload, bool byNetwork) {
-  const auto& [sequence, own] = recent_[record.sequence % recent_.size()];
-  if (record.kind == RecordKind::kMessage && sequence == record.sequence) {
-    if (own.operation != record.operation) {
-      failKinds(
-          sequence,
-          {topology().rank(), own.operation},
-          {record.source, record.operation});
-    } else {
-      failMismatch(
-          concat(nameOf(own.operation), " number ", sequence),
-          messages_.disagreement(record, own));
-    }
+  if (record.kind == RecordKind::kMessage && compareCalls(record)) {
+    failMismatch(
+        concat(nameOf(record.operation), " number ", record.sequence), "");
     return;
   }
   if (record.kind != RecordKind::kCast ||

@@ -89,6 +89,11 @@ class Messages {
 
   /// Any kind of record above; a kMessage of a pair goes to PairTable instead.
   void handle(const Record& record, std::span<const std::byte> payload);
+  /// A record of a message, with what its collective is.
+  Record makeRecord(
+      RecordKind kind,
+      const MessageKey& key,
+      const MessageDescription& description) const;
   /// Throws TransportError for a kMessage that makes no sense.
   void checkForm(
       const Record& record, std::span<const std::byte> payload) const;
@@ -125,10 +130,6 @@ class Messages {
   static constexpr size_t kOverhead = sizeof(Record);
 
   static MessageKey keyOf(const Record& record);
-  Record makeRecord(
-      RecordKind kind,
-      const MessageKey& key,
-      const MessageDescription& description) const;
   bool tryRide(int peer, uint64_t bytes);
   void consumed(int peer, uint64_t bytes);
   void sendToMate(MessageSend send, Record record);

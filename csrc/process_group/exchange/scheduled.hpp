@@ -40,6 +40,9 @@ class ScheduledCollective final : public Collective {
   /// Fails the group when a message of another rank, whatever it brings, is of
   /// a call with other arguments.
   void check(const Record& record);
+  const MessageDescription& description() const {
+    return arguments_.description;
+  }
   void abandon() override {}
   std::string waitsFor() const override;
 
