@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "moe_ops/operators.hpp"
+#include "process_group/flight_recorder.hpp"
 #include "process_group/network/interface.hpp"
 #include "process_group/process_group_automoe.hpp"
 
@@ -131,6 +132,19 @@ PYBIND11_MODULE(_C, m) {
       py::arg("timeout"),
       py::call_guard<NoGil>());
   m.def("choose_interface", &describeInterface);
+  m.def(
+      "dump_flight_record",
+      [](bool stackTraces, bool onlyActive) {
+        std::string dump;
+        {
+          const NoGil released;
+          dump =
+              automoe::FlightRecorder::instance().dump(stackTraces, onlyActive);
+        }
+        return py::bytes(dump);
+      },
+      py::arg("stack_traces") = true,
+      py::arg("only_active") = false);
 
   m.def(
       "refuse",

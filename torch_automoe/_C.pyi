@@ -58,6 +58,9 @@ class ProcessGroupAutoMoe(Backend):
 def shutdown(timeout: timedelta) -> None:
     """Leave all groups and end the threads; at most ``timeout`` for node-mates."""
 
+def dump_flight_record(stack_traces: bool = True, only_active: bool = False) -> bytes:
+    """Return what was posted lately as a pickle, in the format of torch's recorder."""
+
 def choose_interface() -> dict[str, str]:
     """Return name, address and reason of the network interface between nodes.
 

@@ -22,6 +22,10 @@ _COMMANDS = {
         "torch_automoe.info",
         "show versions, UCX, node, interface, transports and build flags",
     ),
+    "trace": (
+        "torch_automoe.flight_recorder",
+        "show what each rank posted last, from the dumps of flight recorders",
+    ),
 }
 
 

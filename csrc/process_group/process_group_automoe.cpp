@@ -156,6 +156,19 @@ WorkPtr ProcessGroupAutoMoe::launchUnrecorded(
   if (onCompletionHook_ || !abortHooks_->empty()) {
     tensors->setAfterwards(completionTask(call.type));
   }
+  std::shared_ptr<Operation> operation;
+  try {
+    operation = start(tensors->callbacks());
+  } catch (const Error&) {
+    const auto error = std::current_exception();
+    // Nothing was posted, so the engine's share is ours to give back.
+    tensors->releaseByCaller();
+    tensors->releaseByCaller();
+    if (group_->failure() != nullptr) {
+      dumpFlightRecord(globalRankOf(rank_));
+    }
+    throwForTorch(error);
+  }
   const bool pair = c10d::isP2POp(call.type);
   tensors->setRecord(
       FlightRecorder::instance().begin(
@@ -171,14 +184,7 @@ WorkPtr ProcessGroupAutoMoe::launchUnrecorded(
            .outputs = call.outputs,
            .timeout = options_->timeout}),
       globalRankOf(rank_));
-  try {
-    tensors->setOperation(start(tensors->callbacks()));
-  } catch (const Error&) {
-    // Nothing was posted, so the engine's share is ours to give back.
-    tensors->releaseByCaller();
-    tensors->releaseByCaller();
-    throwForTorch(std::current_exception());
-  }
+  tensors->setOperation(std::move(operation));
   auto work = c10::make_intrusive<WorkAutoMoe>(
       rank_, call.type, call.title, call.inputs, engine_, tensors);
   const std::lock_guard lock(coalescingMutex_);

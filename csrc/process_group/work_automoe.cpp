@@ -37,6 +37,11 @@ std::exception_ptr forTorch(const std::exception_ptr& error) {
 
 }  // namespace
 
+void dumpFlightRecord(int globalRank) {
+  FlightRecorder::instance().dumpOnFailure(globalRank);
+  FlightRecorder::instance().waitForDump(kDumpTime);
+}
+
 // ---- OperationTensors ----
 
 OperationCallbacks OperationTensors::callbacks() {

@@ -20,6 +20,10 @@ namespace automoe {
 /// ValueError for arguments, torch.distributed.DistBackendError otherwise.
 [[noreturn]] void throwForTorch(const std::exception_ptr& error);
 
+/// Where that is asked for, a file with what was posted lately; waits for it a
+/// while, since the process may end with the error.
+void dumpFlightRecord(int globalRank);
+
 /// A tensor whose layout the core does not write: `from` stands in for it, and
 /// is copied to it at the end.
 struct StandIn {
@@ -49,7 +53,7 @@ class OperationTensors {
     afterwards_ = std::move(afterwards);
   }
   /// What its end is written to, and the rank for a dump if it fails; before
-  /// callbacks().
+  /// setOperation().
   void setRecord(const FlightRecord& record, int globalRank) {
     record_ = record;
     globalRank_ = globalRank;
