@@ -10,6 +10,9 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?=
 ARGS ?=
+# Where sdist and wheel go, and what a wheel is built from: this folder or an sdist.
+DIST ?= dist
+FROM ?= .
 BIN := $(abspath $(VENV))/bin
 CORE := build/core
 export PYTHON TORCH
@@ -23,11 +26,12 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py \
   $(shell find csrc)
 CPP_FILES = $(shell find csrc tests/cpp -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help venv build train test test-all cpp-test lint format wheel clean ip
+.PHONY: help venv build train test test-all cpp-test lint format wheel sdist \
+  wheel-check clean ip
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | \
-	  awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	  awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
 
 $(VENV)/.made:
 	@tools/prepare.sh venv $(VENV)
@@ -76,9 +80,18 @@ format: build ## format all sources in place
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-wheel: build ## build a wheel into dist/
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
-	@ls dist/*.whl
+wheel: $(VENV)/.made ## build a wheel into dist/, from FROM, an sdist, where it is given
+	@$(BIN)/python -m pip wheel -q --disable-pip-version-check \
+	  --no-build-isolation --no-deps -w $(DIST) $(FROM)
+	@ls $(DIST)/*.whl
+
+sdist: $(VENV)/.made ## build a source archive into dist/
+	@PYTHONPATH=tools $(BIN)/python -c 'import build_backend, sys; \
+	  build_backend.build_sdist(sys.argv[1])' $(DIST) >/dev/null
+	@ls $(DIST)/*.tar.gz
+
+wheel-check: build ## check contents and linkage of the wheels in dist/
+	$(BIN)/python tools/check_wheel.py $(DIST)/*.whl
 
 clean: ## remove what was built, but not .venv
 	rm -rf build dist torch_automoe.egg-info torch_automoe/_build.py \
