@@ -127,7 +127,7 @@ def run_cell(
     finally:
         gc.enable()
     for contender, result in zip(contenders, results, strict=True):
-        _reduce(result)
+        reduce_over_ranks(result)
         result.tx_bytes = counter.bytes_per_call(
             lambda contender=contender: contender.exchange(payload),
             calls=2 if cell.size_bytes > 2**20 else 10,
@@ -155,8 +155,8 @@ def _time_once(
         result.wrong += payload.count_wrong()
 
 
-def _reduce(result: Measurement) -> None:
-    """Slowest rank of each iteration, wrong elements of all ranks."""
+def reduce_over_ranks(result: Measurement) -> None:
+    """Set times to the slowest rank's, wrong elements to their sum. Collective."""
     times = torch.tensor(result.times_us, dtype=torch.float64)
     dist.all_reduce(times, op=dist.ReduceOp.MAX)
     wrong = torch.tensor([result.wrong])

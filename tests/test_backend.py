@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import backend_groups as groups
 import backend_programs as programs
 import pytest
 from distributed import FreshRun, run_fresh
@@ -59,11 +60,11 @@ _PROGRAMS = [
     Program(programs.destroys_with_pending_work, (1, 1)),
     Program(programs.debug_detail, env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}),
     Program(programs.without_autoload, env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}),
-    Program(programs.takes_options),
-    Program(programs.splits, (2, 1)),
-    Program(programs.many_groups, (2, 1)),
-    Program(programs.completion_hooks),
-    Program(programs.other_devices),
+    Program(groups.takes_options),
+    Program(groups.splits, (2, 1)),
+    Program(groups.many_groups, (2, 1)),
+    Program(groups.completion_hooks),
+    Program(groups.other_devices),
     Program(programs.forks),
     Program(programs.forks_and_exits, (1, 1)),
     Program(programs.loads_data_in_forked_workers),
