@@ -18,6 +18,10 @@ namespace {
 // 98 % in turns with the small send buffer of network.cpp.)
 constexpr int kActiveBlocks = 8;
 constexpr int kChunksPerBlock = 2;
+// A block that is nearly alone has more under way: nobody else fills the link
+// until its sender is awake again.
+constexpr size_t kFewBlocks = 2;
+constexpr int kChunksOfFew = 8;
 // Bytes copied between two looks at the network.
 constexpr uint64_t kCopyPortion = 256 * 1024;
 // Staged chunks of a block: one is filled while the other is read, and both
@@ -66,6 +70,8 @@ bool Transfers::advance() {
 bool Transfers::advanceDirects() {
   bool worked = false;
   int active = 0;
+  const int chunks =
+      directs_.size() <= kFewBlocks ? kChunksOfFew : kChunksPerBlock;
   for (auto it = directs_.begin(); it != directs_.end();) {
     // A copy keeps the job while the network may call back.
     const std::shared_ptr<Direct> job = *it;
@@ -73,7 +79,7 @@ bool Transfers::advanceDirects() {
       it = directs_.erase(it);
       continue;
     }
-    while (job->sent < job->bytes && job->underWay < kChunksPerBlock &&
+    while (job->sent < job->bytes && job->underWay < chunks &&
            sendChunk(job)) {
       worked = true;
     }
