@@ -186,12 +186,6 @@ void FlightRecord::end(bool completed) const {
   }
 }
 
-void FlightRecord::withdraw() const {
-  if (recorder_ != nullptr) {
-    recorder_->withdraw(id_);
-  }
-}
-
 // ---- recording ----
 
 FlightRecorder::FlightRecorder(size_t capacity, bool stackOfCpp)
@@ -283,19 +277,6 @@ void FlightRecorder::end(uint64_t id, bool completed) {
   if (!entry.isPointToPoint) {
     int64_t& last = entry.group->lastCompleted;
     last = std::max(last, static_cast<int64_t>(entry.collective));
-  }
-}
-
-void FlightRecorder::withdraw(uint64_t id) {
-  std::unique_ptr<Entry> withdrawn;  // destroyed without the lock
-  const std::lock_guard lock(mutex_);
-  if (!entries_.empty() && entries_.back()->id == id) {
-    withdrawn = std::move(entries_.back());
-    entries_.pop_back();
-    nextId_ = id;
-  } else if (!entries_.empty() && id >= entries_.front()->id) {
-    // Ids stay consecutive where another thread has posted since.
-    entries_[id - entries_.front()->id]->retired = true;
   }
 }
 

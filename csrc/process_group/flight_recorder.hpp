@@ -54,8 +54,6 @@ class FlightRecord {
   /// Never takes the GIL and allocates nothing: any thread may call it, the
   /// engine's too. `completed` is false for an operation that failed.
   void end(bool completed) const;
-  /// Forgets the entry: the call was refused, so nothing was posted.
-  void withdraw() const;
 
  private:
   FlightRecorder* recorder_ = nullptr;
@@ -117,7 +115,6 @@ class FlightRecorder {
   /// Called under the lock.
   Group& group(const std::string& name);
   void end(uint64_t id, bool completed);
-  void withdraw(uint64_t id);
   void writeGroups(PickleWriter& out) const;
   void writeFile(int globalRank);
 

@@ -67,6 +67,7 @@ void shutdownProcess(milliseconds timeout) {
     engine->shutdown(timeout);
   }
   CompletionThread::instance().stop();
+  FlightRecorder::instance().waitForDump(timeout);
 }
 
 ProcessGroupAutoMoe::ProcessGroupAutoMoe(
