@@ -79,8 +79,7 @@ bool Transfers::advanceDirects() {
       it = directs_.erase(it);
       continue;
     }
-    while (job->sent < job->bytes && job->underWay < chunks &&
-           sendChunk(job)) {
+    while (job->sent < job->bytes && job->underWay < chunks && sendChunk(job)) {
       worked = true;
     }
     it = job->sent == job->bytes ? directs_.erase(it) : std::next(it);
