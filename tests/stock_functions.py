@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.distributed.nn.functional as with_grad
-from stock_cases import Groups
+from stock_cases import CPU, Groups
 from stock_tensors import whole_numbers
 from torch import Tensor
 
@@ -220,22 +220,32 @@ def make_groups(groups: Groups) -> object:
 
 
 def split_directly(groups: Groups) -> object:
-    """``ProcessGroup.split_group``: dist.split_group asks for an accelerator."""
+    """``ProcessGroup.split_group``: dist.split_group asks for an accelerator.
+
+    Gloo has a plain group of the same ranks for it, which is the reference.
+    """
     rank = dist.get_rank()
-    ranks = [0, 2] if rank % 2 == 0 else [1, 3]
-    child = groups.world.split_group(
-        ranks,
-        timeout=timedelta(seconds=30),
-        group_name=f"{groups.backend} {ranks}",  # the store's prefix
-        group_desc="a split",
-    )
-    assert child._get_backend(torch.device("cpu")).name() == groups.backend
+    halves = [[0, 2], [1, 3]]
+    ranks = halves[rank % 2]
+    if groups.backend == "gloo":
+        child, _ = dist.new_subgroups_by_enumeration(halves, backend="gloo")
+    else:
+        child = groups.world.split_group(
+            ranks,
+            timeout=timedelta(seconds=60),
+            group_name=f"{groups.backend} {ranks}",  # the store's prefix
+            group_desc="a split",
+        )
+    assert child._get_backend(CPU).name() == groups.backend
     assert child.size() == 2 and child.rank() == ranks.index(rank)
     total = _mine(3)
     child.allreduce(total).wait()
     received = torch.zeros(2)
     child.alltoall_base(received, torch.full((2,), float(rank)), [], []).wait()
-    child.shutdown()
+    if groups.backend == "gloo":
+        dist.destroy_process_group(child)
+    else:
+        child.shutdown()
     return total, received
 
 

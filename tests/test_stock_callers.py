@@ -181,7 +181,7 @@ def launches(
 
     def launch(name: str) -> FreshRun:
         program, nodes, env = _PROGRAMS[name]
-        return run_fresh(nodes, program, str(folder), env=env)
+        return run_fresh(nodes, program, str(folder), env=env, deadline=_DEADLINE)
 
     selected = [
         item.callspec.params["name"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch_suite
@@ -32,31 +33,36 @@ def _cases() -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def runner(request: pytest.FixtureRequest) -> Iterator[SuiteRunner]:
-    with SuiteRunner(request.param) as started:
-        yield started
+def runners() -> Iterator[dict[int, SuiteRunner]]:
+    """A runner for each world size; its process starts when a test needs it."""
+    with ExitStack() as stack:
+        yield {
+            world_size: stack.enter_context(SuiteRunner(world_size))
+            for world_size in frozen_lists.WORLD_SIZES
+        }
 
 
-@pytest.mark.parametrize(("runner", "test"), _cases(), indirect=["runner"])
-def test_suite(runner: SuiteRunner, test: str) -> None:
-    problem = frozen_lists.problem(runner.run(test), runner.world_size)
+@pytest.mark.parametrize(("world_size", "test"), _cases())
+def test_suite(runners: dict[int, SuiteRunner], world_size: int, test: str) -> None:
+    problem = frozen_lists.problem(runners[world_size].run(test), world_size)
     assert not problem, problem
 
 
-@pytest.mark.parametrize("runner", frozen_lists.WORLD_SIZES, indirect=True)
-def test_nothing_else_runs(runner: SuiteRunner) -> None:
+@pytest.mark.parametrize("world_size", frozen_lists.WORLD_SIZES)
+def test_nothing_else_runs(runners: dict[int, SuiteRunner], world_size: int) -> None:
+    runner = runners[world_size]
     reasons = runner.list()
-    expected = frozen_lists.frozen_reasons(FROZEN, runner.world_size)
+    expected = frozen_lists.frozen_reasons(FROZEN, world_size)
     if OWN is not None:
         assert reasons == expected
         executed = list(reasons.values()).count("")
-        assert executed == OWN["count"][str(runner.world_size)]
+        assert executed == OWN["count"][str(world_size)]
         assert runner.substitutions == OWN["substitutions"]
         return
     assert all(runner.substitutions[gate] for gate in torch_suite.GATES)
     for test, reason in reasons.items():
         if not reason and expected.get(test) != "":
-            problem = frozen_lists.problem(runner.run(test), runner.world_size)
+            problem = frozen_lists.problem(runner.run(test), world_size)
             assert not problem, f"{test}: {problem}"
 
 

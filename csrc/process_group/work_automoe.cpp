@@ -261,11 +261,10 @@ CompletionThread& CompletionThread::instance() {
 void CompletionThread::run(std::function<void()> task, bool calls) {
   const std::lock_guard lock(mutex_);
   tasks_.push_back({std::move(task), calls});
-  stop_ = false;
   if (free_ == 0) {
     start();
   }
-  changed_.notify_one();
+  changed_.notify_all();  // stop() may wait too
 }
 
 // With the mutex.
@@ -306,6 +305,7 @@ void CompletionThread::stop() {
   stop_ = true;
   changed_.notify_all();
   changed_.wait_for(lock, kLongest, [this] { return threads_ == 0; });
+  stop_ = false;
 }
 
 void CompletionThread::forked() {
