@@ -212,7 +212,7 @@ def test_elastic_restart(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=_DEADLINE,
     )
     assert done.returncode == 0, done.stderr
     expected = [f"rank {rank} is done in life 1" for rank in range(3)]
