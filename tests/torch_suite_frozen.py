@@ -18,8 +18,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch_suite
@@ -37,6 +39,7 @@ EXPECTED_FAILURES = {
 _TESTS = ("count", "executed", "skipped")
 # To import torch and the suite, and beyond its own limit for a test.
 _PATIENCE = 300.0
+_LAST_WORDS = 10.0
 _LOG_TAIL = 8000
 
 
@@ -120,12 +123,17 @@ class SuiteRunner:
             ready, _, _ = select.select([self._answers], [], [], left)
             part = os.read(self._answers, 1 << 16) if ready else b""
             if not part:
-                what = "has gone" if ready else f"gave no answer within {seconds:g} s"
-                said = self._said(0)
-                self._stop()
-                raise AssertionError(f"the process of the suite {what}\n{said}")
+                self._lost("has gone" if ready else f"gave no answer in {seconds:g} s")
             line += part
         return json.loads(line)
+
+    def _lost(self, what: str) -> NoReturn:
+        # One that ends closes its pipe first, and then says why.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LAST_WORDS)
+        said = self._said(0)
+        self._stop()
+        raise AssertionError(f"the process of the suite {what}\n{said}")
 
     def _said(self, begin: int) -> str:
         return self._log.read_bytes()[begin:].decode(errors="replace")[-_LOG_TAIL:]
