@@ -36,6 +36,7 @@ def main() -> None:
     )
     if not torch.equal(received, expected):
         raise AssertionError(f"rank {rank} received {received}, expected {expected}")
+    use_collectives(rank, world_size)
     use_operators(rank, world_size)
     for one_unit in (False, True):
         parallelize_layer(one_unit)
@@ -45,6 +46,30 @@ def main() -> None:
         "dispatch, combine and their gradients, and a layer of parallel experts",
         flush=True,
     )
+
+
+def use_collectives(rank: int, world_size: int) -> None:
+    """Call by the names of this torch, split the group, copy its options."""
+    gathered = torch.empty(4 * world_size)
+    dist.all_gather_single(gathered, torch.full((4,), float(rank)))
+    assert gathered[-1] == world_size - 1
+    scattered = torch.empty(4)
+    dist.reduce_scatter_single(scattered, torch.ones(4 * world_size))
+    assert (scattered == world_size).all()
+    backend = dist.group.WORLD._get_backend(gathered.device)
+    assert copy.deepcopy(backend.options).node == backend.options.node
+    part = dist.group.WORLD.split_group(list(range(world_size)), group_name="part")
+    total = torch.ones(2)
+    part.allreduce([total]).wait()
+    dist.all_reduce(total, dist._make_nccl_premul_sum(3.0))
+    assert (total == 3 * world_size**2).all()
+    objects = [None] * world_size
+    dist.all_gather_object(objects, rank)
+    assert objects == list(range(world_size))
+    if rank == 0:
+        dist.send(torch.ones(3), 1, tag=2)
+    elif rank == 1:
+        assert dist.recv(torch.zeros(3), tag=2) == 0
 
 
 def use_operators(rank: int, world_size: int) -> None:
