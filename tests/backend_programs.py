@@ -350,7 +350,7 @@ def _in_child(call) -> str:
     return text
 
 
-def _error_of(call, *args: object) -> str:
+def error_of(call, *args: object) -> str:
     try:
         call(*args)
     except Exception as error:
@@ -363,7 +363,7 @@ def forks() -> None:
     init()
     exchange()
     for use in (exchange, lambda: dist.new_group([dist.get_rank()])):
-        text = _in_child(lambda use=use: _error_of(use))
+        text = _in_child(lambda use=use: error_of(use))
         assert "this process was forked from one that had used" in text, text
     # While another thread is inside a wait.
     received, sent = _pair(dist.get_world_size())
@@ -372,7 +372,7 @@ def forks() -> None:
         waiter = threading.Thread(target=work.wait)
         waiter.start()
         time.sleep(0.2)
-        text = _in_child(lambda: _error_of(exchange))
+        text = _in_child(lambda: error_of(exchange))
         assert "this process was forked from one that had used" in text, text
         dist.send(torch.ones(1), 1)
         waiter.join()

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from backend_programs import _error_of as error_of
-from backend_programs import exchange, init
+from backend_programs import error_of, exchange, init
 from stock_cases import CPU, ROUNDING, check_close
 from stock_training import batch, make_net, sgd, train, values
 from torch.distributed.device_mesh import init_device_mesh
