@@ -213,6 +213,10 @@ def test_command_says_what_it_cannot_read(
 # ---- dumps of real ranks, one of which does not call ----
 
 
+def _is_retired(entry: dict) -> bool:
+    return entry["retired"] or entry["state"] == "completed"
+
+
 def dump_while_one_rank_is_away(folder: str, ours: bool) -> None:
     """All ranks call once, then all but rank 1; each writes what it recorded."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -221,9 +225,10 @@ def dump_while_one_rank_is_away(folder: str, ours: bool) -> None:
     work = None
     if rank != 1:
         work = dist.all_to_all_single(torch.empty_like(rows), rows, async_op=True)
-    content = (
-        flight_recorder.dump() if ours else torch._C._distributed_c10d._dump_fr_trace()
-    )
+    dump = flight_recorder.dump if ours else torch._C._distributed_c10d._dump_fr_trace
+    # The recorder hears of an end after the caller does, on a thread of its own.
+    while (content := dump()) and not _is_retired(pickle.loads(content)["entries"][0]):
+        time.sleep(0.01)
     Path(folder, f"trace_rank_{rank}").write_bytes(content)
     # A barrier would be a collective too.
     while len(list(Path(folder).glob("trace_rank_*"))) < size:
