@@ -16,17 +16,18 @@ FROM ?= .
 BIN := $(abspath $(VENV))/bin
 CORE := build/core
 export PYTHON TORCH
+HOST_PATH := $(PATH)
 export PATH := $(BIN):$(PATH)
 # For every target: other flags would compile everything anew.
 override CMAKE_ARGS := -DAUTOMOE_WERROR=ON $(CMAKE_ARGS)
 export CMAKE_ARGS
 
 # With folders, whose times change when a file comes or goes.
-SOURCES := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py \
+SOURCES := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py tools/cuda.cmake \
   $(shell find csrc)
 CPP_FILES = $(shell find csrc tests/cpp -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help venv build train test test-all cpp-test lint format wheel sdist \
+.PHONY: help venv build train test test-all test-gpu cpp-test lint format wheel sdist \
   wheel-check clean ip
 
 help: ## show this list
@@ -66,6 +67,9 @@ test: build ip cpp-test ## run the C++ tests and the Python tests that are not s
 
 test-all: build ip cpp-test ## run every test, the heavy matrices too
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: ## build with the torch of PYTHON and run what needs a GPU
+	@PATH="$(HOST_PATH)" tools/test_gpu.sh
 
 lint: build ## check formatting, Python style, include levels and file sizes
 	@echo "clang-format of $(words $(CPP_FILES)) files"

@@ -25,14 +25,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # Loaded before _C is, by torch_automoe._loader, and pinned in the metadata.
-OF_OTHER_WHEELS = ("libtorch*.so", "libc10*.so", "libuc[pstm].so.0")
+OF_OTHER_WHEELS = ("libtorch*.so", "libc10*.so", "libuc[pstm].so.0", "libcudart.so.*")
 # Of every Linux that PEP 600 (manylinux) knows.
 OF_THE_SYSTEM = (
     *("libc.so.6", "libm.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0"),
     *("libgcc_s.so.1", "libstdc++.so.6", "ld-linux-*.so.*"),
 )
 REQUIRED_FILES = ("__init__.py", "_build.py", "_C.pyi", "backend.py", "py.typed")
-FORBIDDEN_FILES = ("*.cpp", "*.hpp", "*.o", "*.a", "*.pyc", "*.sh")
+FORBIDDEN_FILES = (
+    *("*.cpp", "*.hpp", "*.cu", "*.cuh", "*.cmake"),
+    *("*.o", "*.a", "*.pyc", "*.sh"),
+)
 REGISTRATION = "torch_automoe._autoload:autoload"
 ENTRY_POINTS = {
     "torch.backends": {"automoe": REGISTRATION},
