@@ -22,6 +22,7 @@ LEVELS = {
     "process_group/topology": 2,
     "process_group/memory": 3,
     "process_group/network": 3,
+    "process_group/device": 3,
     "process_group/exchange": 4,
     "process_group": 5,
     "moe_ops": 6,

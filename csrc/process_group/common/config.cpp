@@ -46,6 +46,7 @@ Config Config::fromEnvironment() {
   config.interface = variable("AUTOMOE_INTERFACE");
   config.logLevel = parseLogLevel(variable("AUTOMOE_LOG"));
   config.mergeRows = parseSwitch("AUTOMOE_MERGE_ROWS", true);
+  config.ncclSharesGpus = variable("NCCL_MULTI_RANK_GPU_ENABLE") == "1";
   config.masterAddress = variable("MASTER_ADDR");
   return config;
 }

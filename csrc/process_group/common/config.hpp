@@ -32,6 +32,9 @@ struct Config {
   /// all_to_all cross the network to a node once.
   bool mergeRows = true;
 
+  /// NCCL_MULTI_RANK_GPU_ENABLE=1: NCCL's own, lets ranks share a GPU.
+  bool ncclSharesGpus = false;
+
   /// MASTER_ADDR as torchrun sets it; only used to choose the interface.
   std::string masterAddress;
 
