@@ -23,14 +23,6 @@ std::ptrdiff_t countOf(const char* folder) {
   return std::distance(begin(entries), end(entries));
 }
 
-/// True once `done`; false when it has not come within half a minute.
-bool eventually(const std::function<bool()>& done) {
-  for (int i = 0; i < 30000 && !done(); ++i) {
-    std::this_thread::sleep_for(milliseconds(1));
-  }
-  return done();
-}
-
 TEST(EngineTest, OperationsEndWhileNobodyWaits) {
   Ranks ranks(Shape{{2, 1}});
   for (const uint64_t bytes : {0, 100, 5000, 300000}) {

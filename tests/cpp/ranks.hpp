@@ -3,6 +3,7 @@
 // store in memory. Nodes are pinned; "networks" are UCX over loopback.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <functional>
@@ -73,6 +74,14 @@ inline void runThreads(int size, const std::function<void(int)>& body) {
       std::rethrow_exception(error);
     }
   }
+}
+
+/// True once `done`; false when it has not come within half a minute.
+inline bool eventually(const std::function<bool()>& done) {
+  for (int i = 0; i < 30000 && !done(); ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return done();
 }
 
 struct Shape {

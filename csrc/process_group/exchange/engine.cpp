@@ -243,7 +243,9 @@ void Engine::sleep(Lock& lock, Clock::time_point until) {
 
 milliseconds Engine::sleepAtMost(Clock::time_point until) const {
   auto timeout = milliseconds(-1);
-  if (!suspects_.empty()) {
+  if (polling_ > 0) {
+    timeout = kHousekeeping;
+  } else if (!suspects_.empty()) {
     timeout = milliseconds(50);
   } else if (groups_.anyBusy()) {
     timeout = milliseconds(500);  // deadlines are looked at

@@ -89,6 +89,9 @@ class Engine : private NetworkListener {
   NodeMemory& memory() { return memory_; }
   Network& network();
   Transfers& transfers() { return transfers_; }
+  /// How many operations have to be asked, more often than others, whether
+  /// something has happened of which the engine is not told.
+  void addPolling(int change) { polling_ += change; }
   /// After new work was posted: moves what can move now, and makes sure that
   /// a sleeping driver sees the rest.
   void kick();
@@ -143,6 +146,7 @@ class Engine : private NetworkListener {
   bool driving_ = false;
   bool asleep_ = false;
   int waiters_ = 0;
+  int polling_ = 0;
   uint64_t waits_ = 0;
   bool threadParked_ = false;
   Clock::time_point lastWait_;

@@ -285,9 +285,16 @@ void Group::peerGone(const Peer& gone, const std::string& cause) {
 }
 
 void Group::checkDeadlines(Operation::Clock::time_point now) {
+  std::vector<std::shared_ptr<Collective>> pending;  // some may end here
   for (const auto& [sequence, it] : operations_) {
+    pending.push_back(it);
+  }
+  for (const auto& it : pending) {
     if (it->posted()) {
       it->remind(now);
+    }
+    if (it->finished()) {
+      continue;
     }
     std::string answers;
     if (it->posted() && it->deadline() < now && inquire(*it, now, answers)) {
@@ -314,7 +321,7 @@ bool Group::inquire(
     const Collective& late,
     Operation::Clock::time_point now,
     std::string& text) {
-  if (late.operationKind() < OperationKind::kBarrier) {
+  if (!isScheduled(late.operationKind())) {
     return true;  // it has been told who has posted
   }
   const auto it = inquiries_.find(late.sequence());

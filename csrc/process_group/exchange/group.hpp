@@ -27,6 +27,8 @@ namespace automoe {
 class Engine;
 class Route;
 class RouteBuilder;
+struct DeviceCallFacts;
+struct DeviceStreams;
 struct ScheduledArguments;
 
 /// What the ranks of a new group have found out about each other.
@@ -97,6 +99,14 @@ class Group {
       OperationCallbacks callbacks);
   std::shared_ptr<Operation> combine(
       CombineArguments arguments,
+      std::chrono::milliseconds timeout,
+      OperationCallbacks callbacks);
+  /// The same for the host's side of a call on a device: kDeviceDispatch or
+  /// kDeviceCombine.
+  std::shared_ptr<Operation> deviceCall(
+      OperationKind kind,
+      const DeviceCallFacts& facts,
+      DeviceStreams streams,
       std::chrono::milliseconds timeout,
       OperationCallbacks callbacks);
   /// The same for a collective that follows a schedule.

@@ -5,6 +5,7 @@
 
 #include "process_group/common/error.hpp"
 #include "process_group/exchange/combine.hpp"
+#include "process_group/exchange/device_call.hpp"
 #include "process_group/exchange/dispatch.hpp"
 #include "process_group/exchange/engine.hpp"
 #include "process_group/exchange/group.hpp"
@@ -123,6 +124,21 @@ void Group::checkRoute(const Route& route) const {
         name(),
         "; use a plan with the group that made it"));
   }
+}
+
+std::shared_ptr<Operation> Group::deviceCall(
+    OperationKind kind,
+    const DeviceCallFacts& facts,
+    DeviceStreams streams,
+    std::chrono::milliseconds timeout,
+    OperationCallbacks callbacks) {
+  return post(
+      kind,
+      timeout,
+      std::move(callbacks),
+      [&](Collective& it, Operation::Clock::time_point deadline) {
+        static_cast<DeviceCall&>(it).post(facts, std::move(streams), deadline);
+      });
 }
 
 std::shared_ptr<Operation> Group::collective(

@@ -4,6 +4,7 @@
 
 #include "process_group/common/error.hpp"
 #include "process_group/exchange/combine.hpp"
+#include "process_group/exchange/device_call.hpp"
 #include "process_group/exchange/dispatch.hpp"
 #include "process_group/exchange/engine.hpp"
 #include "process_group/exchange/group.hpp"
@@ -28,6 +29,10 @@ std::shared_ptr<Collective> Group::make(
       break;
     case OperationKind::kCombine:
       made = std::make_shared<Combine>(*this, sequence);
+      break;
+    case OperationKind::kDeviceDispatch:
+    case OperationKind::kDeviceCombine:
+      made = std::make_shared<DeviceCall>(*this, sequence, kind);
       break;
     case OperationKind::kBarrier:
     case OperationKind::kBroadcast:
@@ -182,7 +187,7 @@ bool Group::compareCalls(const Record& record) {
   const MessageDescription* own = &recent;
   if (it != operations_.end() && it->second->posted()) {
     kind = it->second->operationKind();
-    own = kind >= OperationKind::kBarrier
+    own = isScheduled(kind)
               ? &static_cast<ScheduledCollective&>(*it->second).description()
               : nullptr;
   } else if (sequence != record.sequence || recent.total == kNoCall) {
@@ -235,6 +240,10 @@ void Group::handleCollective(
   }
   const bool isPosted = record.kind == RecordKind::kPosted;
   if (record.kind >= RecordKind::kMessage) {
+    if (!isScheduled(record.operation)) {
+      throw TransportError(concat(
+          "a message of rank ", record.source, " came for ", it->title()));
+    }
     if (record.kind == RecordKind::kMessage) {
       static_cast<ScheduledCollective&>(*it).check(record);
     }

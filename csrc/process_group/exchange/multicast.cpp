@@ -39,7 +39,7 @@ Record Multicast::postedRecord(int destination, int node) const {
   return record;
 }
 
-void Multicast::postCasts(Clock::time_point deadline) {
+void Multicast::postCasts(Clock::time_point deadline, uint64_t ownSteps) {
   const Topology& topology = group_.topology();
   openSteps(deadline);
   for (int rank = 0; rank < topology.size(); ++rank) {
@@ -47,7 +47,7 @@ void Multicast::postCasts(Clock::time_point deadline) {
       return;  // nothing is sent
     }
   }
-  addSteps(static_cast<uint64_t>(topology.size() - 1));
+  addSteps(static_cast<uint64_t>(topology.size() - 1) + ownSteps);
   for (int i = 1; i < topology.numNodes(); ++i) {
     postToNode((topology.node() + i) % topology.numNodes());
   }

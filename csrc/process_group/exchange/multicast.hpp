@@ -34,8 +34,9 @@ class Multicast : public Collective {
   std::string waitsFor() const override;
 
  protected:
-  /// Posts the own casts, once the subclass can answer what follows.
-  void postCasts(Clock::time_point deadline);
+  /// Posts the own casts, once the subclass can answer what follows. Beside
+  /// them there are `ownSteps` that the subclass counts.
+  void postCasts(Clock::time_point deadline, uint64_t ownSteps = 0);
 
   /// Bytes of another rank's cast for this node, once its chunks come.
   uint64_t announcedBytes(int rank) const {

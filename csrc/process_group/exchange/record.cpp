@@ -36,6 +36,10 @@ const char* nameOf(OperationKind kind) {
       return "reduce_scatter";
     case OperationKind::kPair:
       return "send";
+    case OperationKind::kDeviceDispatch:
+      return "dispatch on a device";
+    case OperationKind::kDeviceCombine:
+      return "combine on a device";
   }
   return "?";
 }

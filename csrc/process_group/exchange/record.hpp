@@ -47,7 +47,15 @@ enum class OperationKind : uint8_t {
   kAllReduce = 11,
   kReduceScatter = 12,
   kPair = 13,  // a send and its receive; not a collective
+  kDeviceDispatch = 14,
+  kDeviceCombine = 15,
 };
+
+/// Whether a collective of that kind is a ScheduledCollective, whose records
+/// are messages.
+inline bool isScheduled(OperationKind kind) {
+  return kind >= OperationKind::kBarrier && kind < OperationKind::kPair;
+}
 
 /// "all_to_all", "plan", ...; "?" for a number that is no kind.
 const char* nameOf(OperationKind kind);

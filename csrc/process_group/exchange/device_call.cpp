@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "process_group/exchange/device_call.hpp"
+
+#include <utility>
+
+#include "process_group/common/error.hpp"
+#include "process_group/exchange/agreement.hpp"
+#include "process_group/exchange/engine.hpp"
+#include "process_group/exchange/group.hpp"
+
+namespace automoe {
+
+DeviceCall::DeviceCall(Group& group, uint64_t sequence, OperationKind kind)
+    : Multicast(group, sequence, kind) {}
+
+void DeviceCall::post(
+    const DeviceCallFacts& facts,
+    DeviceStreams streams,
+    Clock::time_point deadline) {
+  facts_ = facts;
+  streams_ = std::move(streams);
+  pin();
+  group_.engine().addPolling(1);
+  postCasts(deadline, 1);  // the streams are the one more
+}
+
+void DeviceCall::remind(Clock::time_point) {
+  if (streams_.happened && streams_.happened()) {
+    streams_ = {};
+    group_.engine().addPolling(-1);
+    unpin();
+    stepDone();
+  }
+}
+
+void DeviceCall::abandon() {
+  Multicast::abandon();
+  if (streams_.happened) {
+    group_.engine().addPolling(-1);
+  }
+  if (const auto failed = std::exchange(streams_.failed, nullptr)) {
+    failed();
+  }
+}
+
+std::string DeviceCall::waitsFor() const {
+  const std::string others = Multicast::waitsFor();
+  return streams_.happened ? concat("the streams of its own device; ", others)
+                           : others;
+}
+
+size_t DeviceCall::nextChunk(int, uint64_t, size_t, Record&) const {
+  return 0;
+}
+
+void DeviceCall::fill(int, const Record&, std::byte*) const {}
+
+void DeviceCall::take(
+    int source, const Record&, std::span<const std::byte> bytes) {
+  throw TransportError(
+      concat("rank ", source, " sent ", bytes.size(), " bytes for ", title()));
+}
+
+void DeviceCall::describe(Record& record) const {
+  record.plan = facts_.plan;
+  record.dtype = facts_.dtype;
+  record.receiveBytes = facts_.rowBytes;
+  record.elementBytes = facts_.weightBytes;
+  record.scalarBytes = facts_.scalarBytes;
+  record.layout = facts_.layout;
+}
+
+std::string DeviceCall::disagreement(const Record& theirs) const {
+  Record own;
+  describe(own);
+  own.source = group_.topology().rank();
+  return findRowDisagreement(theirs, own, facts_.dtypeName);
+}
+
+}  // namespace automoe

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// Memory on the devices of a node that its ranks read from each other, and the
+// flags by which their streams take turns.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "process_group/device/device.hpp"
+#include "process_group/exchange/engine.hpp"
+#include "process_group/exchange/group.hpp"
+
+namespace automoe {
+
+/// Memory of one device that only grows. What it was before stays allocated,
+/// for work that is under way.
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(Device& device) : device_(device) {}
+  ~DeviceBuffer();
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+
+  /// At least so many bytes; what was in it is lost when it grows.
+  std::byte* atLeast(size_t bytes);
+  /// Never frees what it has: others may have it open.
+  void keepForEver() { memory_.clear(); }
+
+ private:
+  Device& device_;
+  std::vector<std::byte*> memory_;  // the last one is in use
+  size_t bytes_ = 0;
+};
+
+/// What one group has of it. Every rank has two arenas, which it writes in turn
+/// for its node-mates to read, and for each arena a flag from each mate: *the
+/// mate's arena is ready*. Whoever waits for a flag clears it, so that a
+/// captured graph can be replayed.
+///
+/// Mostly no flag says that an arena has been read: a rank writes it again in
+/// the call after the next, and in the next one it waits for all mates, whose
+/// streams have read before they say that they are ready. A call that does not
+/// follow another one in that way, as in a graph that is replayed, ends with
+/// fence().
+///
+/// All ranks of a node make the same calls in the same order. Memory that a
+/// mate may have open is not freed: not before leave(), and never if that has
+/// failed. Not thread-safe.
+class DeviceMemory {
+ public:
+  /// Blocks until the node-mates have made theirs, at most `timeout`.
+  DeviceMemory(
+      Engine& engine,
+      Group& group,
+      Device& device,
+      Device::Stream stream,
+      std::chrono::milliseconds timeout);
+  ~DeviceMemory();
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+
+  /// Begins a call in which the rank with local rank l needs needs[l] bytes; a
+  /// rank whose arena has to grow tells its mates where the new one is, for
+  /// which they block.
+  void begin(std::span<const size_t> needs, std::chrono::milliseconds timeout);
+  /// The arena of a local rank in this call.
+  std::byte* arena(size_t localRank) const;
+
+  /// When no work uses it any more: closes what mates have, and waits until
+  /// they have closed what is the own, at most `timeout`. Throws what mails do.
+  void leave(std::chrono::milliseconds timeout);
+
+  // Enqueue; nothing where there are no node-mates.
+
+  /// The own arena is written; the mates may read it.
+  void setReady(Device::Stream stream);
+  /// All mates have said so of theirs.
+  void awaitReady(Device::Stream stream);
+  /// All mates have read the own arena, and this rank theirs.
+  void fence(Device::Stream stream);
+
+  /// Ends all waits of this rank's streams that there are now. Thread-safe.
+  void releaseWaits() noexcept;
+
+ private:
+  static constexpr size_t kArenas = 2;
+
+  struct Mate {
+    int rank = 0;  // in the group
+    uint32_t* flags = nullptr;
+    std::byte* arena = nullptr;
+    std::vector<std::byte*> opened;
+  };
+
+  /// A row of flags for each arena, and one for fences.
+  size_t numFlags() const { return (kArenas + 1) * mates_.size(); }
+  void set(Device::Stream stream, size_t row);
+  void await(Device::Stream stream, size_t row);
+  template <typename See>
+  void forEachMate(const See& see);
+  void closeAll() noexcept;
+  using Handles = std::vector<Device::Handle>;  // by local rank
+  /// Sends `own` to all mates if there is one, receives from those of `from`.
+  void exchangeHandles(
+      const Device::Handle* own,
+      std::span<const size_t> from,
+      Handles& received,
+      std::chrono::milliseconds timeout);
+
+  Engine& engine_;
+  Group& group_;
+  Device& device_;
+  const size_t self_;
+  std::vector<Mate> mates_;         // by local rank; one is this rank itself
+  std::vector<size_t> capacities_;  // bytes of each arena, by local rank
+  DeviceBuffer arenas_;
+  DeviceBuffer flags_;
+  size_t which_ = kArenas - 1;
+  bool left_ = false;
+};
+
+}  // namespace automoe

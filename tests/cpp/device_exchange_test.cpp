@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dispatch and combine on devices, against the CPU, bit for bit. The devices
+// are doubles that run work in any order that streams, events and flags allow.
+#include "process_group/exchange/device_exchange.hpp"
+
+#include <gtest/gtest.h>
+
+#include "device_ranks.hpp"
+#include "process_group/common/error.hpp"
+
+namespace automoe::testing {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+void expectNoErrors(DeviceRanks& ranks) {
+  ranks.end();
+  ranks.world().settle();
+  for (const std::string& error : ranks.world().errors()) {
+    ADD_FAILURE() << error;
+  }
+  for (int rank = 0; rank < ranks.size(); ++rank) {
+    for (const std::string& leak : ranks.world().leaks(rank)) {
+      ADD_FAILURE() << "rank " << rank << ": " << leak;
+    }
+  }
+}
+
+/// All cases of a rank are enqueued before the host looks at any result; those
+/// in few blocks are fenced too.
+void thereAndBack(
+    DeviceRanks& ranks,
+    const std::vector<std::pair<Routing, DeviceCase>>& cases,
+    int maxBlocks = 0) {
+  ranks.run([&](int rank) {
+    std::vector<std::unique_ptr<TwinCall>> calls;
+    for (const auto& [routing, it] : cases) {
+      const PlanResult plan =
+          makePlan(ranks.engine(rank), ranks.group(rank), routing);
+      calls.push_back(
+          std::make_unique<TwinCall>(ranks.exchange(rank), plan, it));
+      calls.back()->runOnCpu(ranks.engine(rank), ranks.group(rank));
+    }
+    const auto before = ranks.world().statistics(rank);
+    for (const auto& call : calls) {
+      call->enqueue(ranks.exchange(rank), maxBlocks, maxBlocks > 0);
+    }
+    const auto after = ranks.world().statistics(rank);
+    EXPECT_EQ(after.synchronized, before.synchronized);
+    EXPECT_EQ(after.freed, before.freed);
+    EXPECT_EQ(after.pageableCopies, before.pageableCopies);
+    for (const auto& call : calls) {
+      call->expectSame();
+      for (const auto& made : call->calls) {
+        finish(ranks.engine(rank), *made.operation);
+      }
+    }
+  });
+}
+
+class DeviceExchangeTest : public ::testing::TestWithParam<Shape> {};
+
+TEST_P(DeviceExchangeTest, ThereAndBack) {
+  DeviceRanks ranks(GetParam(), 1);
+  const int size = ranks.size();
+  std::vector<std::pair<Routing, DeviceCase>> cases;
+  unsigned seed = 1;
+  for (const auto dtype :
+       {kernels::DType::kBFloat16,
+        kernels::DType::kFloat32,
+        kernels::DType::kFloat16,
+        kernels::DType::kFloat64}) {
+    for (const int64_t topK : {1, 4}) {
+      cases.emplace_back(
+          randomRouting(size, 2 * size + 1, topK, 6, seed),
+          DeviceCase{
+              .dtype = dtype,
+              .elements = seed % 3 == 0 ? 24U : 7U,
+              .weighted = seed % 2 == 0,
+              .withScalars = seed % 3 != 1,
+              .seed = seed});
+      seed += 1;
+    }
+  }
+  thereAndBack(ranks, cases);
+  expectNoErrors(ranks);
+}
+
+TEST_P(DeviceExchangeTest, PackedPaddedFencedAndInFewBlocks) {
+  DeviceRanks ranks(GetParam(), 2);
+  const int size = ranks.size();
+  std::vector<std::pair<Routing, DeviceCase>> cases;
+  for (unsigned seed = 1; seed < 5; ++seed) {
+    Routing routing = randomRouting(size, 2 * size, 3, 8, seed);
+    routing.align = seed % 2 == 0 ? 4 : 1;
+    routing.maxReceiveTokens = seed == 3 ? 9 : -1;
+    cases.emplace_back(
+        routing, DeviceCase{.packed = seed % 2 == 1, .seed = seed});
+  }
+  thereAndBack(ranks, cases, 2);
+  expectNoErrors(ranks);
+}
+
+TEST_P(DeviceExchangeTest, Nothing) {
+  DeviceRanks ranks(GetParam(), 3);
+  Routing empty = randomRouting(ranks.size(), 4, 2, 0, 6);
+  Routing unrouted = empty;
+  for (auto& ids : unrouted.ids) {
+    ids.assign(6, -1);
+  }
+  thereAndBack(
+      ranks,
+      {{empty, {}}, {unrouted, {}}, {unrouted, {.elements = 0}}, {empty, {}}});
+  expectNoErrors(ranks);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes,
+    DeviceExchangeTest,
+    ::testing::Values(
+        Shape{{1}},
+        Shape{{3}},
+        Shape{{1, 1}},
+        Shape{{2, 2}},
+        Shape{{3, 1, 2}}));
+
+TEST(DeviceExchange, FourNodesInManyOrders) {
+  for (unsigned seed = 10; seed < 22; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    DeviceRanks ranks(Shape{{2, 2, 2, 2}}, seed);
+    std::vector<std::pair<Routing, DeviceCase>> cases;
+    // Small, large, small: arenas grow while calls are under way.
+    for (const int64_t tokens : {2, 12, 3, 5}) {
+      cases.emplace_back(
+          randomRouting(8, 16, 3, tokens, seed + static_cast<unsigned>(tokens)),
+          DeviceCase{.elements = 16, .seed = seed});
+    }
+    thereAndBack(ranks, cases);
+    expectNoErrors(ranks);
+  }
+}
+
+TEST(DeviceExchange, PinnedSumsAreRefused) {
+  DeviceRanks ranks(Shape{{2, 2}}, 4);
+  Routing routing = randomRouting(4, 8, 2, 4, 1);
+  routing.reductionMap = {0, 1, 2, 3};
+  ranks.run([&](int rank) {
+    const PlanResult plan =
+        makePlan(ranks.engine(rank), ranks.group(rank), routing);
+    EXPECT_THROW(
+        ranks.exchange(rank).upload(Route(plan.route)), InvalidArgument);
+  });
+}
+
+}  // namespace
+}  // namespace automoe::testing
