@@ -5,6 +5,8 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "moe_ops/operators.hpp"
+#include "process_group/device/device_probe.hpp"
+#include "process_group/device_groups.hpp"
 #include "process_group/flight_recorder.hpp"
 #include "process_group/network/interface.hpp"
 #include "process_group/process_group_automoe.hpp"
@@ -72,6 +74,20 @@ py::dict describeInterface() {
   return result;
 }
 
+py::bytes collectDeviceFacts(
+    int rank, bool ncclSharesGpus, const std::string& whyNoDevice) {
+  std::string facts;
+  {
+    const NoGil released;
+    facts = automoe::encodeFacts(automoe::collectFacts(
+        {.rank = rank,
+         .ordinal = -1,
+         .ncclSharesGpus = ncclSharesGpus,
+         .whyNoDevice = whyNoDevice}));
+  }
+  return py::bytes(facts);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -132,6 +148,26 @@ PYBIND11_MODULE(_C, m) {
       py::arg("timeout"),
       py::call_guard<NoGil>());
   m.def("choose_interface", &describeInterface);
+  m.def(
+      "device_facts",
+      &collectDeviceFacts,
+      py::arg("rank"),
+      py::arg("nccl_shares_gpus"),
+      py::arg("why_no_device"));
+  m.def("explain_device", &automoe::explainDevice, py::arg("facts"));
+  m.def(
+      "explain_devices",
+      [](const std::vector<std::string>& facts,
+         const std::vector<int>& nodeOfRank) {
+        return automoe::explainDevices(facts, nodeOfRank);
+      },
+      py::arg("facts"),
+      py::arg("node_of_rank"));
+  m.def(
+      "describe_device_group",
+      &automoe::describeDeviceGroup,
+      py::arg("group_name"),
+      py::call_guard<NoGil>());
   m.def(
       "dump_flight_record",
       [](bool stackTraces, bool onlyActive) {

@@ -102,6 +102,21 @@ def test_loader_refuses_another_torch_minor(found: str) -> None:
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("found", ["13.2", "13.0"])
+def test_loader_accepts_a_cuda_of_the_same_major(found: str) -> None:
+    _loader.check_cuda("13.0", found)
+    _loader.check_cuda("", found)
+    _loader.check_cuda("", None)
+
+
+@pytest.mark.parametrize("found", [None, "12.8"])
+def test_loader_refuses_a_torch_without_the_cuda_that_it_needs(
+    found: str | None,
+) -> None:
+    with pytest.raises(ImportError, match="built for CUDA 13.0.*rebuild it with"):
+        _loader.check_cuda("13.0", found)
+
+
 def test_loader_checks_torch_before_the_linker_sees_the_extension(
     tmp_path: Path,
 ) -> None:

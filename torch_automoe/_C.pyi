@@ -55,6 +55,20 @@ class ProcessGroupAutoMoe(Backend):
     def explain_exchange(self) -> str: ...
     def stats(self) -> dict[str, int]: ...
 
+def device_facts(rank: int, nccl_shares_gpus: bool, why_no_device: str) -> bytes:
+    """What this process sees of its GPU; ``why_no_device``: none is looked for."""
+
+def explain_device(facts: bytes) -> list[str]: ...
+def explain_devices(facts: list[bytes], node_of_rank: list[int]) -> list[str]:
+    """Lines on each pair of ranks, and on the way that CUDA tensors can take.
+
+    Raises:
+        RuntimeError: bytes that are no facts.
+    """
+
+def describe_device_group(group_name: str) -> str:
+    """How CUDA tensors go between the ranks of a group of ours, and why."""
+
 def shutdown(timeout: timedelta) -> None:
     """Leave all groups and end the threads; at most ``timeout`` for node-mates."""
 

@@ -33,6 +33,7 @@ _LAZY = {
     "dispatch": "torch_automoe.exchange",
     "explain": "torch_automoe.parallel.apply",
     "explain_exchange": "torch_automoe.backend",
+    "explain_topology": "torch_automoe.devices",
     "grouped_mm": "torch_automoe.grouped",
     "init_moe_mesh": "torch_automoe.parallel.mesh",
     "load_balance_stats": "torch_automoe.balance.metrics",

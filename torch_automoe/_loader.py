@@ -45,6 +45,7 @@ def load() -> ModuleType:
 
     record = build_record()
     check_torch(record.TORCH_VERSION, torch.__version__)
+    check_cuda(record.CUDA, torch.version.cuda)
     load_ucx()
     try:
         return importlib.import_module("torch_automoe._C")
@@ -84,6 +85,21 @@ def check_torch(built: str, found: str) -> None:
             f"torch_automoe was built for torch {minor} and this is torch {found}: "
             f"rebuild it with '{_REBUILD}' in its source tree, or "
             f"'pip install torch=={minor}.*'"
+        )
+
+
+def check_cuda(built: str, found: str | None) -> None:
+    """Raise ImportError where the extension needs a CUDA runtime that torch lacks.
+
+    Args:
+        built: the CUDA version that the extension was built with; "" without CUDA.
+        found: that of this torch; None for a CPU build.
+    """
+    if built and (found or "").split(".")[0] != built.split(".")[0]:
+        raise ImportError(
+            f"torch_automoe was built for CUDA {built}, and this torch is built for "
+            f"{'CUDA ' + found if found else 'the CPU'}: rebuild it with '{_REBUILD}' "
+            "in its source tree"
         )
 
 

@@ -271,7 +271,7 @@ def _check_differentiable(name: str, x: Tensor, plan: Plan | None) -> None:
 
 
 def _check_device(name: str, tensor: Tensor, plan: Plan) -> None:
-    device = plan.route.device
+    device = plan.receive_index.device
     if tensor.device != device:
         _refuse(
             plan, f"{name} is on {tensor.device}, expected {device}, where the plan is"

@@ -2,7 +2,8 @@
 """Loads ``torch.ops.automoe`` and tells a tracer the shapes of what they return.
 
 The schemas, with all shapes and dtypes, are in csrc/moe_ops/library.cpp. Sizes that
-depend on routing are new symbolic sizes.
+depend on routing are new symbolic sizes. A route is on the CPU wherever the other
+tensors are.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ def _int32(like: Tensor, count: Any) -> Tensor:
     return like.new_empty(count, dtype=torch.int32)
 
 
+def _route(like: Tensor) -> Tensor:
+    return like.new_empty(_new_size(), dtype=torch.int32, device="cpu")
+
+
 def _new_size() -> Any:
     return get_ctx().new_dynamic_size()
 
@@ -49,7 +54,7 @@ def _plan_fake(
 ):
     group = _resolve_process_group(group_name)
     local = num_local_experts(num_experts, group.rank(), group.size())
-    route = _int32(topk_ids, _new_size())
+    route = _route(topk_ids)
     num_rows = _new_size() if max_recv_tokens == -1 else max_recv_tokens
     return (
         route,
@@ -62,8 +67,8 @@ def _plan_fake(
 @register_fake("automoe::plan_part")
 def _plan_part_fake(route, offsets, part, num_parts):
     return (
-        _int32(route, _new_size()),
-        _int32(route, _new_size()),
+        _route(route),
+        _int32(offsets, _new_size()),
         torch.empty_like(offsets),
         torch.empty_like(offsets),
     )

@@ -255,7 +255,8 @@ def render(found: dict[str, Any]) -> str:
     else:
         rows["build"] = (
             f"torch {build['torch_version']}, UCX {build['ucx_version']} "
-            f"({build['ucx_source']}), {build['compiler']}, {build['flags']}"
+            f"({build['ucx_source']}), CUDA {build.get('cuda') or 'none'}, "
+            f"{build['compiler']}, {build['flags']}"
         )
         rows["revision"] = build["git_revision"] or "unknown"
     return "\n".join(f"{name:<15}{value}" for name, value in rows.items())

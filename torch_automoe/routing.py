@@ -43,8 +43,9 @@ class Plan:
     """Where the rows of every token go; made by ``plan``, as tensors alone.
 
     It holds no memory but its tensors and may be used any number of times, in any
-    order beside other plans, and dropped at any time. All tensors are int32 on the
-    CPU. R is the number of rows that this rank receives, e of its experts.
+    order beside other plans, and dropped at any time. All tensors are int32 and on the
+    device of the ids that it was made for, but ``route`` is always on the CPU. R is the
+    number of rows that this rank receives, e of its experts.
 
     Attributes:
         route: (W,) the lists of the exchange; opaque.
@@ -154,6 +155,9 @@ def plan(
             label. It fixes the bits of results: pin the map of another cluster to
             reproduce its run. One that is not the group's own nodes costs more bytes
             between nodes.
+
+    For ids on a device, the host waits for them once: the plan is made on the host, and
+    R is a size that it gives. What then goes to the device is not waited for.
 
     ``torch.compile`` needs ``torch._dynamo.config.capture_dynamic_output_shape_ops``,
     which ``fullgraph=True`` sets by itself.

@@ -5,7 +5,9 @@
 #include <limits>
 #include <utility>
 
+#include "moe_ops/device_operators.hpp"
 #include "moe_ops/operators.hpp"
+#include "moe_ops/row_calls.hpp"
 #include "moe_ops/row_exchange.hpp"
 #include "moe_ops/tensors.hpp"
 #include "process_group/exchange/plan_arguments.hpp"
@@ -32,24 +34,6 @@ std::vector<int32_t> checkedMap(at::IntArrayRef map) {
   return labels;
 }
 
-/// What `make` returns. What it refuses, the other ranks hear of.
-template <typename Make>
-auto checked(RowExchange& exchange, OperationKind kind, const Make& make) {
-  const auto tell = [&](const char* text) {
-    exchange.refuse(
-        kind, concat("rank ", exchange.topology().rank(), ": ", text));
-  };
-  try {
-    return make();
-  } catch (const c10::Error& error) {
-    tell(error.what_without_backtrace());
-    throw;
-  } catch (const InvalidArgument& error) {
-    tell(error.what());
-    throw;
-  }
-}
-
 struct DispatchCall {
   DispatchArguments arguments;
   CallTensors tensors;
@@ -67,8 +51,12 @@ Route takeRoute(
   const Route view(int32sOf(words));
   exchange.checkRoute(view);
   tensors.inputs.push_back(words);
-  tensors.inputs.push_back(
-      int32List(call, "receive_index", receiveIndex, view.numReceiveRows()));
+  tensors.inputs.push_back(int32List(
+      call,
+      "receive_index",
+      receiveIndex,
+      view.numReceiveRows(),
+      exchange.device()));
   return view;
 }
 
@@ -94,7 +82,7 @@ DispatchCall makeDispatch(
   arguments.dtype = static_cast<uint8_t>(xs[0].scalar_type());
   arguments.dtypeName = &scalarTypeName;
   for (const at::Tensor& x : xs) {
-    const at::Tensor rows = rowsOf(kCall, "x", x, numRows);
+    const at::Tensor rows = rowsOf(kCall, "x", x, numRows, exchange.device());
     received.push_back(emptyRows(rows, view.numReceiveRows()));
     arguments.fields.push_back(
         {bytesOf(rows),
@@ -106,15 +94,20 @@ DispatchCall makeDispatch(
   tensors.outputs = received;
   if (topkWeights.has_value()) {
     const at::Tensor weights = floats(
-        kCall, "topk_weights", *topkWeights, {view.numTokens(), view.topK()});
-    receivedWeights = emptyList(view.numReceiveRows(), weights.scalar_type());
+        kCall,
+        "topk_weights",
+        *topkWeights,
+        {view.numTokens(), view.topK()},
+        exchange.device());
+    receivedWeights = emptyList(
+        view.numReceiveRows(), weights.scalar_type(), exchange.device());
     arguments.weights = bytesOf(weights);
     arguments.receivedWeights = mutableBytesOf(receivedWeights);
     arguments.weightBytes = static_cast<uint32_t>(weights.element_size());
     tensors.inputs.push_back(weights);
     tensors.outputs.push_back(receivedWeights);
   } else {
-    receivedWeights = emptyList(0, at::kFloat);
+    receivedWeights = emptyList(0, at::kFloat, exchange.device());
   }
   return call;
 }
@@ -156,24 +149,26 @@ CombineCall makeCombine(
       !packed || view.sumsPerNode(),
       "combine: packed is True, but the plan's reduction_map allows no sums "
       "of one node; plan without reduction_map, or combine without packed");
+  const c10::Device device = exchange.device();
   const int64_t numRows = view.numReceiveRows();
-  const at::Tensor terms = rowsOf(kCall, "rows", rows, numRows);
+  const at::Tensor terms = rowsOf(kCall, "rows", rows, numRows, device);
   arguments.dtype = dtypeOf(kCall, "rows", terms);
   const at::Tensor factors =
-      sumValues(kCall, "weights", weights, arguments.dtype, numRows);
+      sumValues(kCall, "weights", weights, arguments.dtype, numRows, device);
   const at::Tensor values =
-      sumValues(kCall, "scalars", scalars, arguments.dtype, numRows);
+      sumValues(kCall, "scalars", scalars, arguments.dtype, numRows, device);
   out = emptyRows(
       terms,
       packed ? static_cast<int64_t>(view.numSendRows()) : view.numTokens());
   tensors.outputs.push_back(out);
   const at::ScalarType sumType = sumTypeOf(arguments.dtype);
   if (values.defined()) {
-    scalarsOut =
-        at::empty({view.numTokens(), view.topK()}, at::TensorOptions(sumType));
+    scalarsOut = at::empty(
+        {view.numTokens(), view.topK()},
+        at::TensorOptions(sumType).device(device));
     tensors.outputs.push_back(scalarsOut);
   } else {
-    scalarsOut = emptyList(0, sumType);
+    scalarsOut = emptyList(0, sumType, device);
   }
   arguments.route = int32sOf(tensors.inputs[0]);
   arguments.receiveIndex = int32sOf(tensors.inputs[1]);
@@ -195,19 +190,25 @@ CombineCall makeCombine(
   return call;
 }
 
-DispatchCall prepareDispatch(
+}  // namespace
+
+DispatchStarted startDispatch(
     RowExchange& exchange,
     at::TensorList xs,
     const std::optional<at::Tensor>& topkWeights,
     const at::Tensor& route,
     const at::Tensor& receiveIndex,
     bool packed) {
-  return checked(exchange, OperationKind::kDispatch, [&] {
+  DispatchCall call = checked(exchange, OperationKind::kDispatch, [&] {
     return makeDispatch(exchange, xs, topkWeights, route, receiveIndex, packed);
   });
+  auto work =
+      exchange.dispatch(std::move(call.arguments), std::move(call.tensors));
+  auto& [received, receivedWeights] = call.results;
+  return {std::move(work), std::move(received), std::move(receivedWeights)};
 }
 
-CombineCall prepareCombine(
+CombineStarted startCombine(
     RowExchange& exchange,
     const at::Tensor& rows,
     const std::optional<at::Tensor>& weights,
@@ -217,7 +218,7 @@ CombineCall prepareCombine(
     int64_t numTokens,
     int64_t topK,
     bool packed) {
-  return checked(exchange, OperationKind::kCombine, [&] {
+  CombineCall call = checked(exchange, OperationKind::kCombine, [&] {
     return makeCombine(
         exchange,
         rows,
@@ -229,9 +230,11 @@ CombineCall prepareCombine(
         topK,
         packed);
   });
+  auto work =
+      exchange.combine(std::move(call.arguments), std::move(call.tensors));
+  auto& [out, scalarsOut] = call.results;
+  return {std::move(work), std::move(out), std::move(scalarsOut)};
 }
-
-}  // namespace
 
 PlanTensors plan(
     const at::Tensor& topkIds,
@@ -275,12 +278,15 @@ DispatchTensors dispatch(
     bool packed) {
   const ReleaseGil noGil;
   return withTorchErrors([&] {
-    const auto exchange = findRowExchange(groupName);
-    DispatchCall call = prepareDispatch(
-        *exchange, xs, topkWeights, route, receiveIndex, packed);
-    exchange->dispatch(std::move(call.arguments), std::move(call.tensors))
-        ->wait();
-    return std::move(call.results);
+    auto [work, received, receivedWeights] = startDispatch(
+        *findRowExchange(groupName),
+        xs,
+        topkWeights,
+        route,
+        receiveIndex,
+        packed);
+    work->wait();
+    return DispatchTensors(std::move(received), std::move(receivedWeights));
   });
 }
 
@@ -296,9 +302,8 @@ CombineTensors combine(
     bool packed) {
   const ReleaseGil noGil;
   return withTorchErrors([&] {
-    const auto exchange = findRowExchange(groupName);
-    CombineCall call = prepareCombine(
-        *exchange,
+    auto [work, out, scalarsOut] = startCombine(
+        *findRowExchange(groupName),
         rows,
         weights,
         scalars,
@@ -307,13 +312,12 @@ CombineTensors combine(
         numTokens,
         topK,
         packed);
-    exchange->combine(std::move(call.arguments), std::move(call.tensors))
-        ->wait();
-    return std::move(call.results);
+    work->wait();
+    return CombineTensors(std::move(out), std::move(scalarsOut));
   });
 }
 
-std::tuple<WorkPointer, std::vector<at::Tensor>, at::Tensor> dispatchAsync(
+DispatchStarted dispatchAsync(
     const std::vector<at::Tensor>& xs,
     const std::optional<at::Tensor>& topkWeights,
     const at::Tensor& route,
@@ -321,18 +325,21 @@ std::tuple<WorkPointer, std::vector<at::Tensor>, at::Tensor> dispatchAsync(
     const std::string& groupName,
     bool packed) {
   return withTorchErrors([&] {
-    const auto exchange = findRowExchange(groupName);
-    DispatchCall call = prepareDispatch(
-        *exchange, xs, topkWeights, route, receiveIndex, packed);
-    auto work =
-        exchange->dispatch(std::move(call.arguments), std::move(call.tensors));
-    auto& [received, receivedWeights] = call.results;
-    return std::tuple(
-        std::move(work), std::move(received), std::move(receivedWeights));
+    if (!xs.empty() && !xs[0].is_cpu()) {
+      return on_device::dispatchAsync(
+          xs, topkWeights, route, receiveIndex, groupName, packed);
+    }
+    return startDispatch(
+        *findRowExchange(groupName),
+        xs,
+        topkWeights,
+        route,
+        receiveIndex,
+        packed);
   });
 }
 
-std::tuple<WorkPointer, at::Tensor, at::Tensor> combineAsync(
+CombineStarted combineAsync(
     const at::Tensor& rows,
     const std::optional<at::Tensor>& weights,
     const std::optional<at::Tensor>& scalars,
@@ -343,9 +350,20 @@ std::tuple<WorkPointer, at::Tensor, at::Tensor> combineAsync(
     int64_t topK,
     bool packed) {
   return withTorchErrors([&] {
-    const auto exchange = findRowExchange(groupName);
-    CombineCall call = prepareCombine(
-        *exchange,
+    if (!rows.is_cpu()) {
+      return on_device::combineAsync(
+          rows,
+          weights,
+          scalars,
+          route,
+          receiveIndex,
+          groupName,
+          numTokens,
+          topK,
+          packed);
+    }
+    return startCombine(
+        *findRowExchange(groupName),
         rows,
         weights,
         scalars,
@@ -354,10 +372,6 @@ std::tuple<WorkPointer, at::Tensor, at::Tensor> combineAsync(
         numTokens,
         topK,
         packed);
-    auto work =
-        exchange->combine(std::move(call.arguments), std::move(call.tensors));
-    auto& [out, scalarsOut] = call.results;
-    return std::tuple(std::move(work), std::move(out), std::move(scalarsOut));
   });
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The schemas of torch.ops.automoe. Nothing is mutated, no output shares
-// memory with an input, and all tensors are on the CPU.
+// memory with an input. Routes are always on the CPU; the other tensors of a
+// call are on one device: the CPU, a CUDA device, or one of another kind, whose
+// tensors are staged through the host.
 //
 // T tokens of this rank, K experts per token, E experts of the group,
 // e experts of this rank, P ranks, R receive rows, S send rows (one per token
@@ -11,6 +13,7 @@
 
 #include <vector>
 
+#include "moe_ops/device_operators.hpp"
 #include "moe_ops/operators.hpp"
 
 TORCH_LIBRARY(automoe, m) {
@@ -108,4 +111,29 @@ TORCH_LIBRARY_IMPL(automoe, CPU, m) {
   m.impl("scale_and_dot", &automoe::scaleAndDot);
   m.impl("permute", &automoe::permute);
   m.impl("unpermute", &automoe::unpermute);
+}
+
+namespace {
+
+void addDeviceOperators(torch::Library& m) {
+  namespace on = automoe::on_device;
+  m.impl("plan", &on::plan);
+  m.impl("plan_part", &on::planPart);
+  m.impl("dispatch", &on::dispatch);
+  m.impl("combine", &on::combine);
+  m.impl("pack_rows", &on::packRows);
+  m.impl("reduce_partials", &on::reducePartials);
+  m.impl("scale_and_dot", &on::scaleAndDot);
+  m.impl("permute", &on::permute);
+  m.impl("unpermute", &on::unpermute);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(automoe, CUDA, m) {
+  addDeviceOperators(m);
+}
+
+TORCH_LIBRARY_IMPL(automoe, PrivateUse1, m) {
+  addDeviceOperators(m);
 }

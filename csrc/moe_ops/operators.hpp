@@ -17,6 +17,10 @@ using PlanTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using DispatchTensors = std::tuple<std::vector<at::Tensor>, at::Tensor>;
 using CombineTensors = std::tuple<at::Tensor, at::Tensor>;
 using WorkPointer = c10::intrusive_ptr<c10d::Work>;
+/// A call under way, and what it will give.
+using DispatchStarted =
+    std::tuple<WorkPointer, std::vector<at::Tensor>, at::Tensor>;
+using CombineStarted = std::tuple<WorkPointer, at::Tensor, at::Tensor>;
 
 // Collective; block up to the group's timeout, without the GIL.
 
@@ -45,17 +49,18 @@ CombineTensors combine(
     int64_t topK,
     bool packed);
 
-// The same without blocking, for Python: the outputs may be read once the Work
-// has ended well. A group that is not ours has ended it at the return.
+// The same without blocking, for Python, for tensors on any device: the outputs
+// may be read once the Work has ended well; on a device, by what its wait() has
+// ordered. A group that is not ours has ended it at the return.
 
-std::tuple<WorkPointer, std::vector<at::Tensor>, at::Tensor> dispatchAsync(
+DispatchStarted dispatchAsync(
     const std::vector<at::Tensor>& xs,
     const std::optional<at::Tensor>& topkWeights,
     const at::Tensor& route,
     const at::Tensor& receiveIndex,
     const std::string& groupName,
     bool packed);
-std::tuple<WorkPointer, at::Tensor, at::Tensor> combineAsync(
+CombineStarted combineAsync(
     const at::Tensor& rows,
     const std::optional<at::Tensor>& weights,
     const std::optional<at::Tensor>& scalars,

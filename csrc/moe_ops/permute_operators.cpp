@@ -155,15 +155,7 @@ PlanTensors permute(
     const at::Tensor& topkIds,
     int64_t numExperts,
     int64_t align) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(
-      numExperts >= 1 && numExperts <= kMost && align >= 1 && align <= kMost,
-      "permute: num_experts and align are ",
-      numExperts,
-      " and ",
-      align,
-      ", expected 1 to ",
-      kMost);
+  checkPermutation(numExperts, align);
   const at::Tensor checked = checkedIds("permute", topkIds);
   const std::string wrong = findIllegalId("permute", checked, numExperts);
   TORCH_CHECK_VALUE(wrong.empty(), wrong);
@@ -188,13 +180,7 @@ at::Tensor unpermute(
     int64_t numTokens,
     int64_t topK) {
   constexpr const char* kCall = "unpermute";
-  TORCH_CHECK_VALUE(
-      numTokens >= 0 && topK >= 1,
-      "unpermute: num_tokens and topk are ",
-      numTokens,
-      " and ",
-      topK,
-      ", expected at least 0 and at least 1");
+  checkTokens(numTokens, topK);
   const at::Tensor places = int32List(kCall, "index", index);
   const at::Tensor terms = rowsOf(kCall, "rows", rows, places.numel());
   const kernels::DType dtype = dtypeOf(kCall, "rows", terms);

@@ -3,12 +3,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <memory>
 #include <string>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
+#include "process_group/common/error.hpp"
 #include "process_group/exchange/combine_arguments.hpp"
 #include "process_group/exchange/record.hpp"
 #include "process_group/exchange/route.hpp"
@@ -32,6 +34,9 @@ class RowExchange {
   virtual ~RowExchange() = default;
 
   virtual const Topology& topology() const = 0;
+  /// Where the tensors of a dispatch or combine are, but for the route, which
+  /// is on the CPU, as a plan's are.
+  virtual c10::Device device() const { return c10::kCPU; }
   /// Throws InvalidArgument for a route of another group.
   virtual void checkRoute(const Route& route) const = 0;
   /// Blocks up to the group's timeout; then the builder is complete.
@@ -45,6 +50,24 @@ class RowExchange {
   /// Where others make the call, they raise `fault`.
   virtual void refuse(OperationKind kind, const std::string& fault) = 0;
 };
+
+/// What `make` returns. What it refuses, the other ranks hear of.
+template <typename Make>
+auto checked(RowExchange& exchange, OperationKind kind, const Make& make) {
+  const auto tell = [&](const char* text) {
+    exchange.refuse(
+        kind, concat("rank ", exchange.topology().rank(), ": ", text));
+  };
+  try {
+    return make();
+  } catch (const c10::Error& error) {
+    tell(error.what_without_backtrace());
+    throw;
+  } catch (const InvalidArgument& error) {
+    tell(error.what());
+    throw;
+  }
+}
 
 /// By the name of a c10d group: that of our own backend, else one over the
 /// all_to_all_single of any other. ValueError for a name that is no group.

@@ -34,18 +34,22 @@ std::string findIllegal(
 
 }  // namespace
 
-at::Tensor denseOnCpu(
-    const char* call, const char* name, const at::Tensor& tensor) {
+at::Tensor denseOn(
+    c10::Device device,
+    const char* call,
+    const char* name,
+    const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(
       tensor.defined(), call, ": ", name, " is None, expected a tensor");
   TORCH_CHECK_VALUE(
-      tensor.device().is_cpu(),
+      tensor.device() == device,
       call,
       ": ",
       name,
       " is on ",
       tensor.device(),
-      ", expected cpu: this version moves CPU tensors only");
+      ", expected ",
+      device);
   TORCH_CHECK_VALUE(
       tensor.layout() == at::kStrided,
       call,
@@ -61,8 +65,9 @@ at::Tensor int32List(
     const char* call,
     const char* name,
     const at::Tensor& tensor,
-    int64_t length) {
-  at::Tensor list = denseOnCpu(call, name, tensor);
+    int64_t length,
+    c10::Device device) {
+  at::Tensor list = denseOn(device, call, name, tensor);
   TORCH_CHECK_VALUE(
       list.scalar_type() == at::kInt && list.dim() == 1,
       call,
@@ -86,8 +91,9 @@ at::Tensor int32List(
   return list;
 }
 
-at::Tensor checkedIds(const char* call, const at::Tensor& topkIds) {
-  at::Tensor ids = denseOnCpu(call, "topk_ids", topkIds);
+at::Tensor checkedIds(
+    const char* call, const at::Tensor& topkIds, c10::Device device) {
+  at::Tensor ids = denseOn(device, call, "topk_ids", topkIds);
   TORCH_CHECK_VALUE(
       ids.scalar_type() == at::kInt || ids.scalar_type() == at::kLong,
       call,
@@ -117,12 +123,35 @@ std::string findIllegalId(
              : findIllegal<int32_t>(call, ids, numExperts);
 }
 
+void checkPermutation(int64_t numExperts, int64_t align) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(
+      numExperts >= 1 && numExperts <= kMost && align >= 1 && align <= kMost,
+      "permute: num_experts and align are ",
+      numExperts,
+      " and ",
+      align,
+      ", expected 1 to ",
+      kMost);
+}
+
+void checkTokens(int64_t numTokens, int64_t topK) {
+  TORCH_CHECK_VALUE(
+      numTokens >= 0 && topK >= 1,
+      "unpermute: num_tokens and topk are ",
+      numTokens,
+      " and ",
+      topK,
+      ", expected at least 0 and at least 1");
+}
+
 at::Tensor rowsOf(
     const char* call,
     const char* name,
     const at::Tensor& tensor,
-    int64_t count) {
-  at::Tensor rows = denseOnCpu(call, name, tensor);
+    int64_t count,
+    c10::Device device) {
+  at::Tensor rows = denseOn(device, call, name, tensor);
   TORCH_CHECK_VALUE(
       rows.dim() > 0 && (count < 0 || rows.size(0) == count),
       call,
@@ -139,8 +168,9 @@ at::Tensor floats(
     const char* call,
     const char* name,
     const at::Tensor& tensor,
-    at::IntArrayRef sizes) {
-  at::Tensor values = denseOnCpu(call, name, tensor);
+    at::IntArrayRef sizes,
+    c10::Device device) {
+  at::Tensor values = denseOn(device, call, name, tensor);
   dtypeOf(call, name, values);
   TORCH_CHECK_VALUE(
       values.sizes() == sizes,
@@ -186,11 +216,12 @@ at::Tensor sumValues(
     const char* name,
     const std::optional<at::Tensor>& tensor,
     kernels::DType dtype,
-    int64_t count) {
+    int64_t count,
+    c10::Device device) {
   if (!tensor.has_value()) {
     return {};
   }
-  return floats(call, name, *tensor, {count}).to(sumTypeOf(dtype));
+  return floats(call, name, *tensor, {count}, device).to(sumTypeOf(dtype));
 }
 
 uint64_t rowElements(const at::Tensor& tensor) {
@@ -208,11 +239,12 @@ uint64_t rowBytes(const at::Tensor& tensor) {
 at::Tensor emptyRows(const at::Tensor& like, int64_t count) {
   std::vector<int64_t> sizes = like.sizes().vec();
   sizes[0] = count;
-  return at::empty(sizes, at::TensorOptions(like.scalar_type()));
+  return at::empty(
+      sizes, at::TensorOptions(like.scalar_type()).device(like.device()));
 }
 
-at::Tensor emptyList(int64_t count, at::ScalarType type) {
-  return at::empty({count}, at::TensorOptions(type));
+at::Tensor emptyList(int64_t count, at::ScalarType type, c10::Device device) {
+  return at::empty({count}, at::TensorOptions(type).device(device));
 }
 
 at::Tensor toTensor(std::span<const int32_t> values) {

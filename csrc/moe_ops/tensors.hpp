@@ -31,33 +31,47 @@ auto withTorchErrors(Body&& body) {
   }
 }
 
-/// Dense and on the CPU; returns it contiguous.
-at::Tensor denseOnCpu(
-    const char* call, const char* name, const at::Tensor& tensor);
+// Where a device is not named, tensors are on the CPU.
+
+/// Dense and on that device; returns it contiguous.
+at::Tensor denseOn(
+    c10::Device device,
+    const char* call,
+    const char* name,
+    const at::Tensor& tensor);
 /// (length,) int32; any length when it is -1.
 at::Tensor int32List(
     const char* call,
     const char* name,
     const at::Tensor& tensor,
-    int64_t length = -1);
+    int64_t length = -1,
+    c10::Device device = c10::kCPU);
 /// (T, K), int32 or int64.
-at::Tensor checkedIds(const char* call, const at::Tensor& topkIds);
+at::Tensor checkedIds(
+    const char* call,
+    const at::Tensor& topkIds,
+    c10::Device device = c10::kCPU);
 /// What is wrong with the first id that is neither -1 nor an expert, or
 /// nothing.
 std::string findIllegalId(
     const char* call, const at::Tensor& ids, int64_t numExperts);
+/// The numbers of permute, and of unpermute.
+void checkPermutation(int64_t numExperts, int64_t align);
+void checkTokens(int64_t numTokens, int64_t topK);
 /// At least one dimension, `count` rows (any number when it is -1).
 at::Tensor rowsOf(
     const char* call,
     const char* name,
     const at::Tensor& tensor,
-    int64_t count = -1);
+    int64_t count = -1,
+    c10::Device device = c10::kCPU);
 /// float64, float32, bfloat16 or float16, and of that shape.
 at::Tensor floats(
     const char* call,
     const char* name,
     const at::Tensor& tensor,
-    at::IntArrayRef sizes);
+    at::IntArrayRef sizes,
+    c10::Device device = c10::kCPU);
 
 /// Throws for a type without arithmetic.
 kernels::DType dtypeOf(
@@ -69,14 +83,16 @@ at::Tensor sumValues(
     const char* name,
     const std::optional<at::Tensor>& tensor,
     kernels::DType dtype,
-    int64_t count);
+    int64_t count,
+    c10::Device device = c10::kCPU);
 
 /// Elements and bytes of one row, also where there are no rows.
 uint64_t rowElements(const at::Tensor& tensor);
 uint64_t rowBytes(const at::Tensor& tensor);
 /// A new tensor like this one, with so many rows.
 at::Tensor emptyRows(const at::Tensor& like, int64_t count);
-at::Tensor emptyList(int64_t count, at::ScalarType type);
+at::Tensor emptyList(
+    int64_t count, at::ScalarType type, c10::Device device = c10::kCPU);
 at::Tensor toTensor(std::span<const int32_t> values);
 
 /// Route, receive index, number of tokens per expert, offsets.

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "process_group/collective_call.hpp"
+#include "process_group/device_groups.hpp"
 #include "process_group/exchange/discovery.hpp"
 #include "process_group/flight_recorder.hpp"
 #include "process_group/group_registry.hpp"
@@ -120,6 +121,7 @@ ProcessGroupAutoMoe::~ProcessGroupAutoMoe() {
   unregisterGroup(options_->group_name, group_.get());
   if (!left_) {
     try {
+      forgetDeviceGroup(group_.get());
       group_->leave(milliseconds(0));
     } catch (const std::exception& error) {
       TORCH_WARN("automoe: leaving a group: ", error.what());
@@ -338,6 +340,7 @@ void ProcessGroupAutoMoe::shutdown() {
     return;
   }
   unregisterGroup(options_->group_name, group_.get());
+  forgetDeviceGroup(group_.get());
   group_->leave(std::min<milliseconds>(options_->timeout, kDrain));
   if (inner_ != nullptr) {
     inner_->shutdown();

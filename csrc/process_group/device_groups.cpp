@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "process_group/device_groups.hpp"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "process_group/collective_call.hpp"
+#include "process_group/common/error.hpp"
+#include "process_group/common/log.hpp"
+#include "process_group/device/cuda_device.hpp"
+#include "process_group/device/device_facts.hpp"
+#include "process_group/device/device_probe.hpp"
+#include "process_group/exchange/schedules.hpp"
+
+namespace automoe {
+namespace {
+
+using Texts = std::vector<std::string>;
+
+// Of a text that a rank tells; more cannot be meant.
+constexpr uint64_t kMostBytes = 1 << 20;
+
+/// Memory of a gather, as long as the engine may use it.
+struct Gathered {
+  std::string own;
+  uint64_t ownBytes = 0;
+  std::vector<uint64_t> bytes;
+  Texts texts;
+};
+
+/// to[r] becomes what rank r gives.
+void gatherBlocks(
+    const RegisteredGroup& group,
+    const std::shared_ptr<Gathered>& memory,
+    ConstBlock from,
+    const std::vector<Block>& to) {
+  ScheduledArguments arguments;
+  arguments.schedule = makeAllGather(group.group->topology(), from, to);
+  arguments.description.operation = OperationKind::kAllGather;
+  arguments.description.dtypeName = &dtypeName;
+  arguments.description.reductionName = &reduceOpName;
+  for (const Block& block : to) {
+    arguments.description.total += block.bytes;
+  }
+  OperationCallbacks callbacks;
+  callbacks.released = [memory] {};
+  const auto operation = group.group->collective(
+      std::move(arguments), group.options->timeout, std::move(callbacks));
+  group.engine->wait(*operation, Engine::Clock::time_point::max());
+  if (operation->error() != nullptr) {
+    std::rethrow_exception(operation->error());
+  }
+}
+
+/// What every rank says, by rank. Collective.
+Texts gatherTexts(const RegisteredGroup& group, std::string own) {
+  const auto size = static_cast<size_t>(group.group->topology().size());
+  const auto memory = std::make_shared<Gathered>();
+  memory->own = std::move(own);
+  memory->ownBytes = memory->own.size();
+  memory->bytes.resize(size);
+  memory->texts.resize(size);
+  std::vector<Block> blocks;
+  for (uint64_t& bytes : memory->bytes) {
+    blocks.push_back({reinterpret_cast<std::byte*>(&bytes), sizeof(bytes)});
+  }
+  gatherBlocks(
+      group,
+      memory,
+      {reinterpret_cast<const std::byte*>(&memory->ownBytes), sizeof(uint64_t)},
+      blocks);
+  for (size_t rank = 0; rank < size; ++rank) {
+    if (memory->bytes[rank] > kMostBytes) {
+      throw TransportError(concat(
+          "rank ", rank, " tells ", memory->bytes[rank], " bytes on devices"));
+    }
+    std::string& text = memory->texts[rank];
+    text.resize(memory->bytes[rank]);
+    blocks[rank] = {reinterpret_cast<std::byte*>(text.data()), text.size()};
+  }
+  gatherBlocks(
+      group,
+      memory,
+      {reinterpret_cast<const std::byte*>(memory->own.data()),
+       memory->own.size()},
+      blocks);
+  return memory->texts;
+}
+
+/// The first rank that tells a fault, or nothing.
+std::string firstFault(const Texts& faults) {
+  for (size_t rank = 0; rank < faults.size(); ++rank) {
+    if (!faults[rank].empty()) {
+      return concat("rank ", rank, ": ", faults[rank]);
+    }
+  }
+  return "";
+}
+
+/// What `make` fails with, or nothing.
+template <typename Make>
+std::string faultOf(const Make& make) {
+  try {
+    make();
+    return "";
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+struct Found {
+  std::string text;
+  std::string obstacle;
+};
+
+/// Collective.
+Found lookAtDevices(const RegisteredGroup& group, int ordinal) {
+  const Topology& topology = group.group->topology();
+  const DeviceFacts own = collectFacts(
+      {.rank = topology.rank(),
+       .ordinal = ordinal,
+       .ncclSharesGpus = group.engine->config().ncclSharesGpus});
+  std::vector<DeviceFacts> facts;
+  for (const std::string& text : gatherTexts(group, encodeFacts(own))) {
+    facts.push_back(decodeFacts(text));
+  }
+  std::vector<int> nodes;
+  for (int rank = 0; rank < topology.size(); ++rank) {
+    nodes.push_back(topology.nodeOf(rank));
+  }
+  const DeviceChoice choice = choosePath(facts, nodes);
+  Found found;
+  for (const std::string& line : choice.lines) {
+    found.text += line + "\n";
+  }
+  found.obstacle = choice.obstacle;
+  return found;
+}
+
+/// Collective. An exchange, or why there is none, on every rank.
+struct Made {
+  std::shared_ptr<Device> device;
+  std::unique_ptr<DeviceExchange> exchange;
+  std::string obstacle;
+};
+
+/// Of all nodes; null, and no fault, where there is one node.
+std::unique_ptr<DeviceNetwork> makeNetwork(
+    const RegisteredGroup& group, int ordinal, std::string& fault) {
+  const Topology& topology = group.group->topology();
+  if (topology.numNodes() == 1) {
+    return nullptr;
+  }
+  const NcclLibrary library = openNccl();
+  NcclId id = {};
+  std::string own;  // rank 0 tells the identifier, or nothing
+  if (topology.rank() == 0) {
+    fault = faultOf([&] { id = makeNcclId(library.functions); });
+    own = fault.empty()
+              ? std::string(reinterpret_cast<const char*>(id.data()), id.size())
+              : "";
+  }
+  const Texts texts = gatherTexts(group, std::move(own));
+  if (texts[0].size() != id.size()) {
+    fault = fault.empty() ? "rank 0 could not begin with NCCL" : fault;
+    return nullptr;
+  }
+  std::memcpy(id.data(), texts[0].data(), id.size());
+  std::unique_ptr<DeviceNetwork> network;
+  fault = faultOf([&] {
+    network = makeCudaNetwork(
+        ordinal,
+        library.functions,
+        id,
+        {topology.rank(), topology.size()},
+        group.options->timeout);
+  });
+  return network;
+}
+
+Made makeExchange(const RegisteredGroup& group, int ordinal) {
+  Made made;
+  std::string fault = faultOf([&] {
+    CudaDeviceResult result = makeCudaDevice(ordinal);
+    if (result.device == nullptr) {
+      throw DeviceError(result.reason);
+    }
+    made.device = std::move(result.device);
+  });
+  // A rank without goes no further with the others, nor they without it.
+  made.obstacle = firstFault(gatherTexts(group, std::move(fault)));
+  if (!made.obstacle.empty()) {
+    return made;
+  }
+  std::string networkFault;
+  auto network = makeNetwork(group, ordinal, networkFault);
+  made.obstacle = firstFault(gatherTexts(group, std::move(networkFault)));
+  if (!made.obstacle.empty()) {
+    return made;
+  }
+  fault = faultOf([&] {
+    made.exchange = std::make_unique<DeviceExchange>(
+        group.engine,
+        group.group,
+        made.device,
+        std::move(network),
+        group.options->timeout);
+  });
+  made.obstacle = firstFault(gatherTexts(group, std::move(fault)));
+  if (!made.obstacle.empty()) {
+    made.exchange.reset();
+  }
+  return made;
+}
+
+/// A place for the devices of one group; its mutex is held while they are made.
+struct Place {
+  std::mutex mutex;
+  std::shared_ptr<DeviceGroup> devices;
+};
+
+struct Places {
+  std::mutex mutex;
+  std::map<const Group*, std::shared_ptr<Place>> all;
+};
+
+Places& places() {
+  // Leaked: groups may be destroyed while the process exits.
+  static auto* places = new Places();
+  return *places;
+}
+
+bool sameWords(const at::Tensor& one, const at::Tensor& other) {
+  return one.is_same(other) ||
+         (one.nbytes() == other.nbytes() &&
+          std::memcmp(
+              one.const_data_ptr(), other.const_data_ptr(), one.nbytes()) == 0);
+}
+
+}  // namespace
+
+DeviceGroup::DeviceGroup(const RegisteredGroup& group, int ordinal)
+    : ordinal_(ordinal) {
+  Found found = lookAtDevices(group, ordinal);
+  text_ = std::move(found.text);
+  if (found.obstacle.empty()) {
+    Made made = makeExchange(group, ordinal);
+    device_ = std::move(made.device);
+    exchange_ = std::move(made.exchange);
+    found.obstacle = std::move(made.obstacle);
+  }
+  const std::string outcome =
+      exchange_ != nullptr
+          ? "CUDA tensors go between the GPUs themselves"
+          : "CUDA tensors are staged through the host: " + found.obstacle;
+  text_ += outcome;
+  if (exchange_ == nullptr && group.group->topology().rank() == 0) {
+    log(LogLevel::kWarn, concat("group ", group.group->name(), ": ", outcome));
+  }
+}
+
+std::shared_ptr<const DeviceRoute> DeviceGroup::listsOf(
+    const at::Tensor& words) {
+  const std::span<const int32_t> span(
+      words.const_data_ptr<int32_t>(), static_cast<size_t>(words.numel()));
+  const Route route(span);
+  const std::lock_guard lock(mutex_);
+  const auto known = std::ranges::find_if(routes_, [&](const Known& it) {
+    return it.fingerprint == route.fingerprint() && sameWords(it.words, words);
+  });
+  if (known != routes_.end()) {
+    std::rotate(routes_.begin(), known, known + 1);
+    return routes_.front().lists;
+  }
+  routes_.push_front({words, route.fingerprint(), exchange_->upload(route)});
+  if (routes_.size() > kMostRoutes) {
+    routes_.pop_back();
+  }
+  return routes_.front().lists;
+}
+
+std::shared_ptr<DeviceGroup> deviceGroupOf(
+    const RegisteredGroup& group, int ordinal) {
+  std::shared_ptr<Place> place;
+  {
+    const std::lock_guard lock(places().mutex);
+    auto& found = places().all[group.group.get()];
+    if (found == nullptr) {
+      found = std::make_shared<Place>();
+    }
+    place = found;
+  }
+  const std::lock_guard lock(place->mutex);
+  if (place->devices == nullptr) {
+    place->devices = std::make_shared<DeviceGroup>(group, ordinal);
+  }
+  return place->devices;
+}
+
+void forgetDeviceGroup(const Group* group) {
+  std::shared_ptr<Place> place;
+  {
+    const std::lock_guard lock(places().mutex);
+    const auto found = places().all.find(group);
+    if (found == places().all.end()) {
+      return;
+    }
+    place = std::move(found->second);
+    places().all.erase(found);
+  }
+  const std::lock_guard lock(place->mutex);
+  place->devices.reset();
+}
+
+std::string describeDeviceGroup(const std::string& groupName) {
+  const std::optional<RegisteredGroup> group = findGroup(groupName);
+  TORCH_CHECK_VALUE(
+      group.has_value(),
+      "group_name is '",
+      groupName,
+      "', expected the name of a group of the backend automoe");
+  std::shared_ptr<Place> place;
+  {
+    const std::lock_guard lock(places().mutex);
+    const auto found = places().all.find(group->group.get());
+    place = found == places().all.end() ? nullptr : found->second;
+  }
+  if (place == nullptr) {
+    return "no CUDA tensors have gone through this group yet";
+  }
+  const std::lock_guard lock(place->mutex);
+  return place->devices == nullptr
+             ? "the ranks have not found out about their devices yet"
+             : place->devices->text();
+}
+
+}  // namespace automoe
