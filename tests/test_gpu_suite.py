@@ -58,20 +58,24 @@ def test_programs(rank_pool: RankPool, name: str, args: tuple) -> None:
     rank_pool.run(run_on_stand_in, name, *args)
 
 
-def test_bits_are_compared() -> None:
+def tell_bits_apart() -> None:
+    """What is the same passes, and one bit or the wrong device does not."""
     expected = torch.tensor([1.0, 2.0])
     stand_in.set_up()
-    kind, gpu_cases.KIND = gpu_cases.KIND, torch.device(stand_in.DEVICE).type
-    try:
-        same = stand_in.to_device(expected.clone())
-        other = stand_in.to_device(torch.tensor([1.0, 2.0000002]))
-        gpu_cases.assert_same([same], [expected])
-        with pytest.raises(AssertionError, match=r"result\[0\]: 1 of 8 bytes differ"):
-            gpu_cases.assert_same([other], [expected])
-        with pytest.raises(AssertionError):
-            gpu_cases.assert_same([expected], [expected])
-    finally:
-        gpu_cases.KIND = kind
+    gpu_cases.KIND = torch.device(stand_in.DEVICE).type
+    same = stand_in.to_device(expected.clone())
+    other = stand_in.to_device(torch.tensor([1.0, 2.0000002]))
+    gpu_cases.assert_same([same], [expected])
+    with pytest.raises(AssertionError, match=r"result\[0\]: 1 of 8 bytes differ"):
+        gpu_cases.assert_same([other], [expected])
+    with pytest.raises(AssertionError):
+        gpu_cases.assert_same([expected], [expected])
+
+
+# In a process of its own: a device that torch knows is known until that ends.
+@pytest.mark.parametrize("rank_pool", [[2, 1]], indirect=True)
+def test_bits_are_compared(rank_pool: RankPool) -> None:
+    rank_pool.run(tell_bits_apart)
 
 
 @no_gpu

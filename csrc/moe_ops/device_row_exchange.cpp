@@ -67,7 +67,7 @@ class DeviceRowExchange final : public RowExchange {
     DeviceExchange::Terms terms;
     terms.after = after.get();
     terms.timeout = group_.options->timeout;
-    terms.callbacks = keepingTensors(std::move(kept));
+    terms.callbacks = keepingTensors(kept);
     DeviceExchange::Call posted =
         post(std::move(lists), Route(int32sOf(words)), std::move(terms));
     return c10::make_intrusive<WorkDevice>(
@@ -75,7 +75,8 @@ class DeviceRowExchange final : public RowExchange {
         device_,
         devices_->device(),
         std::move(posted),
-        std::move(call.outputs));
+        std::move(call.outputs),
+        std::move(kept));
   }
 
   const RegisteredGroup group_;

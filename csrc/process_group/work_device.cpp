@@ -45,28 +45,32 @@ WorkDevice::WorkDevice(
     c10::Device device,
     std::shared_ptr<Device> onDevice,
     DeviceExchange::Call call,
-    std::vector<at::Tensor> outputs)
+    std::vector<at::Tensor> outputs,
+    std::vector<at::Tensor> kept)
     : Work(rank, c10d::OpType::ALLTOALL_BASE),
       device_(device),
       onDevice_(std::move(onDevice)),
       call_(std::move(call)),
-      outputs_(std::move(outputs)) {}
+      outputs_(std::move(outputs)),
+      kept_(std::move(kept)) {}
 
-bool WorkDevice::happened() const {
+bool WorkDevice::isCompleted() {
   try {
-    return onDevice_->happened(call_.done->get());
+    return call_.operation->finished() ||
+           onDevice_->happened(call_.done->get());
   } catch (const DeviceError&) {
     return true;  // the device does nothing any more
   }
 }
 
-bool WorkDevice::isCompleted() {
-  return call_.operation->finished() || happened();
-}
-
 bool WorkDevice::isSuccess() const {
   const Operation& operation = *call_.operation;
-  return operation.finished() ? operation.error() == nullptr : happened();
+  try {
+    return operation.finished() ? operation.error() == nullptr
+                                : onDevice_->happened(call_.done->get());
+  } catch (const DeviceError&) {
+    return false;
+  }
 }
 
 std::exception_ptr WorkDevice::exception() const {
@@ -95,6 +99,8 @@ bool WorkDevice::wait(std::chrono::milliseconds /*timeout*/) {
     throwForTorch(operation.error());
   }
   awaitOnCurrentStream(device_, call_.done->get());
+  const std::lock_guard lock(mutex_);
+  kept_.clear();
   return true;
 }
 

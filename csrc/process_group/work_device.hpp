@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <mutex>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
@@ -42,12 +43,15 @@ OperationCallbacks keepingTensors(std::vector<at::Tensor> tensors);
 /// defined, and the next call on the group throws.
 class WorkDevice final : public c10d::Work {
  public:
+  /// `kept` are held until wait(), from where on the order of streams protects
+  /// them: where the call is captured, its operation lets them go before.
   WorkDevice(
       int rank,
       c10::Device device,
       std::shared_ptr<Device> onDevice,
       DeviceExchange::Call call,
-      std::vector<at::Tensor> outputs);
+      std::vector<at::Tensor> outputs,
+      std::vector<at::Tensor> kept);
 
   /// The outputs are there, or the call has failed.
   bool isCompleted() override;
@@ -61,12 +65,12 @@ class WorkDevice final : public c10d::Work {
   uint64_t getSequencenumber() const override;
 
  private:
-  bool happened() const;
-
   const c10::Device device_;
   const std::shared_ptr<Device> onDevice_;
   const DeviceExchange::Call call_;
   const std::vector<at::Tensor> outputs_;
+  std::mutex mutex_;
+  std::vector<at::Tensor> kept_;
 };
 
 }  // namespace automoe

@@ -141,6 +141,44 @@ TEST(DeviceExchange, FourNodesInManyOrders) {
   }
 }
 
+TEST(DeviceExchange, AGraphKeepsTheListsThatItReads) {
+  DeviceRanks ranks(Shape{{2, 1}}, 6);
+  const Routing routing = randomRouting(3, 6, 2, 5, 1);
+  std::vector<std::weak_ptr<const DeviceRoute>> eager(3);
+  std::vector<std::weak_ptr<const DeviceRoute>> captured(3);
+  ranks.run([&](int rank) {
+    const PlanResult plan =
+        makePlan(ranks.engine(rank), ranks.group(rank), routing);
+    for (const bool capturing : {false, true}) {
+      TwinCall call(ranks.exchange(rank), plan, {});
+      call.runOnCpu(ranks.engine(rank), ranks.group(rank));
+      ranks.world().setCapturing(rank, capturing);
+      call.enqueue(ranks.exchange(rank));
+      ranks.world().setCapturing(rank, false);
+      call.expectSame();
+      for (const auto& made : call.calls) {
+        finish(ranks.engine(rank), *made.operation);
+      }
+      (capturing ? captured : eager)[static_cast<size_t>(rank)] =
+          call.watchLists();
+    }
+    // The next call forgets those that have ended.
+    TwinCall next(ranks.exchange(rank), plan, {});
+    next.enqueue(ranks.exchange(rank));
+    for (const auto& made : next.calls) {
+      finish(ranks.engine(rank), *made.operation);
+    }
+  });
+  for (size_t rank = 0; rank < 3; ++rank) {
+    EXPECT_TRUE(eager[rank].expired());
+    EXPECT_FALSE(captured[rank].expired());
+  }
+  expectNoErrors(ranks);
+  for (size_t rank = 0; rank < 3; ++rank) {
+    EXPECT_TRUE(captured[rank].expired());
+  }
+}
+
 TEST(DeviceExchange, PinnedSumsAreRefused) {
   DeviceRanks ranks(Shape{{2, 2}}, 4);
   Routing routing = randomRouting(4, 8, 2, 4, 1);

@@ -137,6 +137,46 @@ TEST_F(DeviceFailure, ADeviceThatFailsIsNamed) {
   });
 }
 
+TEST_F(DeviceFailure, AnErrorThatIsNoneOfOursIsNamed) {
+  ranks_.run([&](int rank) {
+    const auto call = makeCall(rank);
+    if (rank == 1) {
+      const auto made = ranks_.world().statistics(rank).enqueued;
+      ranks_.world().failAt(rank, made + 12, true);
+    }
+    expectContains(hears(rank, *call), "fails in another way");
+    expectThrough(rank, *call);
+  });
+}
+
+TEST_F(DeviceFailure, WorkThatFailsOnTheDeviceIsNamed) {
+  ranks_.run([&](int rank) {
+    const auto call = makeCall(rank);
+    DeviceExchange::Terms terms;
+    terms.timeout = seconds(30);
+    if (rank == 2) {
+      // Nothing runs before all of it is enqueued, so no call throws.
+      ranks_.world().stall(rank);
+      terms.after = call->enqueueBroken();
+    }
+    const auto made = call->dispatchOnce(ranks_.exchange(rank), terms);
+    if (rank == 2) {
+      ranks_.world().resume(rank);
+    }
+    std::string text = "no error";
+    try {
+      finish(ranks_.engine(rank), *made.operation);
+    } catch (const Error& error) {
+      text = error.what();
+    }
+    // Others may have had what they need from it before.
+    if (rank == 2 || text != "no error") {
+      expectContains(text, "rank 2, dispatch on a device number 1");
+      expectContains(text, "an illegal address");
+    }
+  });
+}
+
 TEST_F(DeviceFailure, ADeviceThatHangsTimesOut) {
   ranks_.world().stall(1);
   ranks_.run([&](int rank) {

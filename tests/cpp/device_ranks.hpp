@@ -165,6 +165,18 @@ class TwinCall {
     }
   }
 
+  /// Work of the user's that fails on the device; the event after it.
+  Device::Event enqueueBroken() {
+    device_.run(user_, [](kernels::DeviceStream) {
+      throw DeviceError("an illegal address");
+    });
+    device_.record(ready_, user_);
+    return ready_;
+  }
+
+  /// Seen from outside: whether anybody still holds the plan's lists.
+  std::weak_ptr<const DeviceRoute> watchLists() const { return lists_; }
+
   /// One dispatch, from whatever the memory holds.
   DeviceExchange::Call dispatchOnce(
       DeviceExchange& exchange, DeviceExchange::Terms terms) {

@@ -204,7 +204,13 @@ class CudaDevice : public Device {
       override {
     const CurrentContext current(context_);
     cudaGetLastError();  // What is found below is then of this launch.
-    launch(cudaStream(stream));
+    try {
+      launch(cudaStream(stream));
+    } catch (const Error&) {
+      throw;
+    } catch (const std::exception& error) {
+      throw DeviceError(error.what());  // kernels know no errors of ours
+    }
     checkCuda(cudaGetLastError(), "the launch of a kernel");
   }
 

@@ -25,28 +25,48 @@ void DeviceCall::post(
 }
 
 void DeviceCall::remind(Clock::time_point) {
-  if (streams_.happened && streams_.happened()) {
-    streams_ = {};
-    group_.engine().addPolling(-1);
-    unpin();
-    stepDone();
+  if (!streams_.happened) {
+    return;
   }
+  try {
+    if (!streams_.happened()) {
+      return;
+    }
+  } catch (const Error& error) {
+    group_.fail(
+        FailureKind::kTransport,
+        concat(
+            "rank ",
+            group_.topology().rank(),
+            ", ",
+            title(),
+            ": ",
+            error.what()));
+    return;
+  }
+  streams_ = {};
+  group_.engine().addPolling(-1);
+  unpin();
+  stepDone();
 }
 
 void DeviceCall::abandon() {
   Multicast::abandon();
   if (streams_.happened) {
     group_.engine().addPolling(-1);
+    abandoned_ = true;
   }
-  if (const auto failed = std::exchange(streams_.failed, nullptr)) {
+  // From here on it is for whoever is told to unpin().
+  if (const auto failed = std::exchange(streams_, {}).failed) {
     failed();
   }
 }
 
 std::string DeviceCall::waitsFor() const {
   const std::string others = Multicast::waitsFor();
-  return streams_.happened ? concat("the streams of its own device; ", others)
-                           : others;
+  return streams_.happened || abandoned_
+             ? concat("the streams of its own device; ", others)
+             : others;
 }
 
 size_t DeviceCall::nextChunk(int, uint64_t, size_t, Record&) const {

@@ -24,8 +24,10 @@ struct DeviceCallFacts {
 /// How a call asks and tells whoever enqueued its work, under the engine's
 /// lock.
 struct DeviceStreams {
-  std::function<bool()> happened;  // asked every few milliseconds, until true
-  std::function<void()> failed;    // once, if the group fails before that
+  /// Asked every few milliseconds, until true. What it throws, as an Error,
+  /// fails the group.
+  std::function<bool()> happened;
+  std::function<void()> failed;  // once, if the group fails before that
 };
 
 /// Carries no bytes: streams move those, and wait for nothing here. It ends
@@ -56,7 +58,8 @@ class DeviceCall final : public Multicast {
   std::string disagreement(const Record& theirs) const override;
 
   DeviceCallFacts facts_;
-  DeviceStreams streams_;  // empty once they are through
+  DeviceStreams streams_;  // empty once they are through, or abandoned
+  bool abandoned_ = false;
 };
 
 }  // namespace automoe

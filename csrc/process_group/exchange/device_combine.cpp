@@ -84,12 +84,15 @@ void DeviceCombine::enqueue() {
   std::byte* incoming = lane_.incoming.atLeast(incoming_.bytes());
   rows_ = arguments_.packed ? arguments_.out : incoming;
   scalars_ = incoming + incoming_.offset(kScalars);
+  if (lane_.fenced) {
+    lane_.memory.fence(lane_.stream, DeviceMemory::Fence::kBegin);
+  }
   stage();
   lane_.memory.setReady(lane_.stream);
   lane_.memory.awaitReady(lane_.stream);
   makeSums();
   if (lane_.fenced) {
-    lane_.memory.fence(lane_.stream);
+    lane_.memory.fence(lane_.stream, DeviceMemory::Fence::kEnd);
   }
   sendAndReceive();
   sumTokens();

@@ -53,6 +53,9 @@ class DeviceDispatch {
       needs.push_back(areas_.back().bytes());
     }
     lane_.memory.begin(needs, lane_.timeout);
+    if (lane_.fenced) {
+      lane_.memory.fence(lane_.stream, DeviceMemory::Fence::kBegin);
+    }
     packForNodes();
     packForMates();
     sendAndReceive();
@@ -60,7 +63,7 @@ class DeviceDispatch {
     lane_.memory.awaitReady(lane_.stream);
     take();
     if (lane_.fenced) {
-      lane_.memory.fence(lane_.stream);
+      lane_.memory.fence(lane_.stream, DeviceMemory::Fence::kEnd);
     }
   }
 

@@ -34,6 +34,7 @@ DeviceExchange::DeviceExchange(
       group_(std::move(group)),
       device_(std::move(device)),
       network_(std::move(network)),
+      timeout_(timeout),
       stream_(device_->makeStream()),
       lists_(std::make_shared<DeviceListPool>(device_, stream_)),
       outgoing_(*device_),
@@ -54,10 +55,14 @@ DeviceExchange::DeviceExchange(
 
 DeviceExchange::~DeviceExchange() {
   const std::lock_guard lock(mutex_);
-  const auto limit = steady_clock::now() + kPatience;
+  const auto limit = deadlineAfter(timeout_);
   while (!failed_ && !letGo()) {
     if (steady_clock::now() > limit) {
-      group_->abort("a device has not come to its end");
+      group_->abort(concat(
+          device_->name(),
+          " has not come to the end of its work in ",
+          timeout_.count(),
+          " ms"));
       fail();
     }
     std::this_thread::sleep_for(kPoll);
@@ -89,8 +94,14 @@ std::shared_ptr<const DeviceRoute> DeviceExchange::upload(const Route& route) {
         "plan: with this reduction_map a node cannot send sums, and on devices "
         "every node does; plan without reduction_map");
   }
-  return std::make_shared<DeviceRoute>(
-      lists_, makeRouteLists(route, topology()));
+  try {
+    return std::make_shared<DeviceRoute>(
+        lists_, makeRouteLists(route, topology()));
+  } catch (const DeviceError& error) {
+    // The others are about to make a call that this rank cannot make.
+    group_->abort(error.what());
+    throw;
+  }
 }
 
 DeviceExchange::Call DeviceExchange::dispatch(
@@ -157,7 +168,10 @@ DeviceExchange::Call DeviceExchange::post(
   }
   DeviceStreams streams;
   streams.happened = [this, turn] {
-    return turn->state != Turn::State::kDropped && through(*turn);
+    const Turn::State state = turn->state;
+    return state == Turn::State::kCaptured ||
+           (state == Turn::State::kEnqueued &&
+            device_->happened(turn->done->get()));
   };
   streams.failed = [this, turn] {
     {
@@ -210,8 +224,11 @@ void DeviceExchange::start(
         terms.fenced || captured};
     enqueue(lane);
     device_->record(turn.done->get(), stream_);
+    if (captured) {
+      captured_.push_back(turn.lists);
+    }
     turn.state = captured ? Turn::State::kCaptured : Turn::State::kEnqueued;
-  } catch (const Error& error) {
+  } catch (const std::exception& error) {
     // What has been enqueued may still use the caller's memory.
     try {
       device_->record(turn.done->get(), stream_);

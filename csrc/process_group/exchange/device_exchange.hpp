@@ -66,10 +66,10 @@ class DeviceExchange {
       std::shared_ptr<Device> device,
       std::unique_ptr<DeviceNetwork> network,
       std::chrono::milliseconds timeout);
-  /// Waits until the device is through, or after a failure until its waits
-  /// have been released; then for node-mates to do the same, for ten seconds at
-  /// most. Before the group is left, or node-mates are not heard of any more
-  /// and memory that they may have open is never freed.
+  /// Waits until the device is through, for the timeout at most, or after a
+  /// failure until its waits have been released; then for node-mates to do the
+  /// same, for ten seconds at most. Before the group is left, or node-mates are
+  /// not heard of any more and memory that they may have open is never freed.
   ~DeviceExchange();
   DeviceExchange(const DeviceExchange&) = delete;
   DeviceExchange& operator=(const DeviceExchange&) = delete;
@@ -148,10 +148,13 @@ class DeviceExchange {
   const std::shared_ptr<Group> group_;
   const std::shared_ptr<Device> device_;
   const std::unique_ptr<DeviceNetwork> network_;
+  const std::chrono::milliseconds timeout_;
   const Device::Stream stream_;
   std::mutex mutex_;  // of calls; taken before the engine's
   std::optional<DeviceMemory> memory_;
   const std::shared_ptr<DeviceListPool> lists_;
+  /// Of calls in graphs, which read them at every replay: kept to the end.
+  std::vector<std::shared_ptr<const DeviceRoute>> captured_;
   DeviceBuffer outgoing_;
   DeviceBuffer incoming_;
   std::mutex turnsMutex_;  // taken after the engine's

@@ -133,7 +133,9 @@ void DeviceMemory::begin(
     return;
   }
   Handles received(mates_.size());
-  exchangeHandles(own, from, received, timeout);
+  // The call that needs them has been posted with `timeout`: it is to be the
+  // first that ends, with a text that says who has not posted it.
+  exchangeHandles(own, from, received, 2 * timeout + std::chrono::seconds(10));
   for (const size_t local : from) {
     if (local != self_) {
       Mate& mate = mates_[local];
@@ -153,9 +155,6 @@ void DeviceMemory::exchangeHandles(
     std::span<const size_t> from,
     Handles& received,
     std::chrono::milliseconds timeout) {
-  // The call that needs them has been posted with `timeout`: it is to be the
-  // first that ends, with a text that says who has not posted it.
-  const auto patience = 2 * timeout + std::chrono::seconds(10);
   std::vector<std::shared_ptr<PairOperation>> mails;
   const auto post = [&](bool sends, int peer, const Device::Handle& handle) {
     PairArguments mail;
@@ -164,8 +163,8 @@ void DeviceMemory::exchangeHandles(
     mail.data = const_cast<std::byte*>(handle.bytes.data());
     mail.bytes = handle.bytes.size();
     mails.push_back(
-        sends ? group_.send(mail, patience, {})
-              : group_.receive(mail, patience, {}));
+        sends ? group_.send(mail, timeout, {})
+              : group_.receive(mail, timeout, {}));
   };
   for (const size_t local : from) {
     if (local != self_) {
@@ -207,9 +206,10 @@ void DeviceMemory::awaitReady(Device::Stream stream) {
   await(stream, which_);
 }
 
-void DeviceMemory::fence(Device::Stream stream) {
-  set(stream, kArenas);
-  await(stream, kArenas);
+void DeviceMemory::fence(Device::Stream stream, Fence which) {
+  const size_t row = kArenas + static_cast<size_t>(which);
+  set(stream, row);
+  await(stream, row);
 }
 
 void DeviceMemory::releaseWaits() noexcept {

@@ -43,9 +43,9 @@ class DeviceBuffer {
 ///
 /// Mostly no flag says that an arena has been read: a rank writes it again in
 /// the call after the next, and in the next one it waits for all mates, whose
-/// streams have read before they say that they are ready. A call that does not
-/// follow another one in that way, as in a graph that is replayed, ends with
-/// fence().
+/// streams have read before they say that they are ready. A call that may not
+/// follow another one in that way, as in a graph that is replayed, begins and
+/// ends with fence().
 ///
 /// All ranks of a node make the same calls in the same order. Memory that a
 /// mate may have open is not freed: not before leave(), and never if that has
@@ -80,8 +80,11 @@ class DeviceMemory {
   void setReady(Device::Stream stream);
   /// All mates have said so of theirs.
   void awaitReady(Device::Stream stream);
-  /// All mates have read the own arena, and this rank theirs.
-  void fence(Device::Stream stream);
+  /// All mates have come this far: they have read the own arena, and this rank
+  /// theirs. The two have flags of their own, as the end of one call and the
+  /// beginning of the next have nothing between them.
+  enum class Fence : size_t { kBegin = 0, kEnd = 1 };
+  void fence(Device::Stream stream, Fence which);
 
   /// Ends all waits of this rank's streams that there are now. Thread-safe.
   void releaseWaits() noexcept;
@@ -96,8 +99,8 @@ class DeviceMemory {
     std::vector<std::byte*> opened;
   };
 
-  /// A row of flags for each arena, and one for fences.
-  size_t numFlags() const { return (kArenas + 1) * mates_.size(); }
+  /// A row of flags for each arena, and for each fence.
+  size_t numFlags() const { return (kArenas + 2) * mates_.size(); }
   void set(Device::Stream stream, size_t row);
   void await(Device::Stream stream, size_t row);
   template <typename See>

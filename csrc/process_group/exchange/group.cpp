@@ -290,7 +290,7 @@ void Group::checkDeadlines(Operation::Clock::time_point now) {
     pending.push_back(it);
   }
   for (const auto& it : pending) {
-    if (it->posted()) {
+    if (it->posted() && !it->finished()) {
       it->remind(now);
     }
     if (it->finished()) {

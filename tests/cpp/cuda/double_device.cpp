@@ -91,6 +91,11 @@ class DoubleDevice final : public Device {
   void record(Event event, Stream stream) override;
   void await(Stream stream, Event event) override;
   bool happened(Event event) override;
+  bool isCapturing(Stream) override {
+    return state_.call(rank_, "isCapturing", [&](auto&) {
+      return state_.at(rank_).capturing;
+    });
+  }
   void synchronize(Stream stream) override;
 
   void copy(Stream stream, std::byte* to, const std::byte* from, size_t bytes)

@@ -49,8 +49,11 @@ class DoubleWorld {
   void adopt(int rank, void* memory, size_t bytes);
   void disown(int rank, void* memory);
 
-  /// The rank's n-th call that enqueues (1 is its first) throws DeviceError.
-  void failAt(int rank, uint64_t n);
+  /// The rank's n-th call that enqueues (1 is its first) throws DeviceError, or
+  /// an error that is none of ours.
+  void failAt(int rank, uint64_t n, bool foreign = false);
+  /// What the rank enqueues counts as captured, though it runs as it does.
+  void setCapturing(int rank, bool capturing);
   /// The rank's streams stop, as those of a device that hangs.
   void stall(int rank);
   void resume(int rank);

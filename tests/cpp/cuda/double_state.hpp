@@ -37,6 +37,8 @@ struct DoubleWorld::State {
   struct Rank {
     Statistics statistics = {};
     std::set<uint64_t> failures = {};
+    std::set<uint64_t> foreignFailures = {};
+    bool capturing = false;
     std::string error = {};  // all later calls throw it
   };
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The world of the doubles: what the test asks of it.
+#include <stdexcept>
 #include <utility>
 
 #include "cuda/double_device.hpp"
@@ -24,6 +25,9 @@ void DoubleWorld::State::enqueue(
     const uint64_t n = ++at(rank).statistics.enqueued;
     if (at(rank).failures.contains(n)) {
       throw DeviceError(concat("call ", n, " fails, as failAt() asked"));
+    }
+    if (at(rank).foreignFailures.contains(n)) {
+      throw std::runtime_error(concat("call ", n, " fails in another way"));
     }
     const auto found = streams.find(rank, stream);
     if (auto item = make(*found)) {
@@ -56,9 +60,15 @@ void DoubleWorld::disown(int rank, void* memory) {
   state_->memory.disown(rank, static_cast<std::byte*>(memory));
 }
 
-void DoubleWorld::failAt(int rank, uint64_t n) {
+void DoubleWorld::failAt(int rank, uint64_t n, bool foreign) {
   const State::Lock lock(state_->streams.mutex());
-  state_->at(rank).failures.insert(n);
+  State::Rank& it = state_->at(rank);
+  (foreign ? it.foreignFailures : it.failures).insert(n);
+}
+
+void DoubleWorld::setCapturing(int rank, bool capturing) {
+  const State::Lock lock(state_->streams.mutex());
+  state_->at(rank).capturing = capturing;
 }
 
 void DoubleWorld::stall(int rank) {
