@@ -5,6 +5,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "kernels/row_math.hpp"
+
 namespace automoe::kernels {
 namespace {
 
@@ -33,13 +35,6 @@ void withRowBytes(size_t rowBytes, const Move& move) {
     default:
       return move(rowBytes);
   }
-}
-
-uint64_t mix(uint64_t hash, uint64_t word) {
-  // An odd multiplier loses nothing; its upper bits carry what the shift then
-  // brings to the lower ones.
-  hash = (hash ^ word) * 0x9E3779B97F4A7C15U;
-  return hash ^ (hash >> 32);
 }
 
 }  // namespace
@@ -80,22 +75,17 @@ bool sameRow(const std::byte* a, const std::byte* b, size_t rowBytes) {
 }
 
 uint64_t probeRow(const std::byte* row, size_t rowBytes) {
-  constexpr size_t kWords = 8;
-  constexpr size_t kWordBytes = sizeof(uint64_t);
   uint64_t hash = rowBytes;
-  const size_t words =
-      std::min(kWords, (rowBytes + kWordBytes - 1) / kWordBytes);
+  const size_t words = probeWords(rowBytes);
   for (size_t i = 0; i < words; ++i) {
     uint64_t word = 0;
-    if (rowBytes < kWordBytes) {
+    if (rowBytes < sizeof(word)) {
       std::memcpy(&word, row, rowBytes);
     } else {
-      // From the first word to the last; with one word there is only that.
-      const size_t at =
-          words == 1 ? 0 : i * (rowBytes - kWordBytes) / (words - 1);
-      std::memcpy(&word, row + at, kWordBytes);
+      // Of a size that the compiler knows: no call.
+      std::memcpy(&word, row + probeWordAt(rowBytes, words, i), sizeof(word));
     }
-    hash = mix(hash, word);
+    hash = mixProbe(hash, word);
   }
   return hash;
 }

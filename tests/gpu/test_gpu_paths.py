@@ -19,7 +19,6 @@ _LACKS = (
     "cannot wait for memory",
     "no peer access",
     "peer access is not known",
-    "cudaIpc",
 )
 
 
