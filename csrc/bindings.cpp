@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "moe_ops/device_plans.hpp"
 #include "moe_ops/operators.hpp"
+#include "moe_ops/tensors.hpp"
 #include "process_group/device/device_probe.hpp"
 #include "process_group/device_groups.hpp"
 #include "process_group/flight_recorder.hpp"
@@ -41,10 +43,16 @@ c10::intrusive_ptr<ProcessGroupAutoMoe> create(
 c10::intrusive_ptr<OptionsAutoMoe> createOptions(
     std::chrono::milliseconds timeout,
     std::optional<bool> mergeRows,
-    const std::string& node) {
+    const std::string& node,
+    std::optional<int> maxCtas,
+    const std::string& wire,
+    std::optional<uint64_t> peerAllToAll) {
   auto options = c10::make_intrusive<OptionsAutoMoe>(timeout);
   options->mergeRows = mergeRows;
   options->node = node;
+  options->maxCtas = automoe::checkedMaxCtas(maxCtas);
+  options->fp8Wire = automoe::checkedWire(wire);
+  options->peerAllToAll = peerAllToAll;
   return options;
 }
 
@@ -104,9 +112,25 @@ PYBIND11_MODULE(_C, m) {
           py::kw_only(),
           py::arg("timeout") = kBackendDefaultTimeout,
           py::arg("merge_rows") = std::nullopt,
-          py::arg("node") = "")
+          py::arg("node") = "",
+          py::arg("max_ctas") = std::nullopt,
+          py::arg("wire") = "exact",
+          py::arg("peer_all_to_all") = std::nullopt)
       .def_readwrite("merge_rows", &OptionsAutoMoe::mergeRows)
       .def_readwrite("node", &OptionsAutoMoe::node)
+      .def_property(
+          "max_ctas",
+          [](const OptionsAutoMoe& it) { return it.maxCtas; },
+          [](OptionsAutoMoe& it, std::optional<int> maxCtas) {
+            it.maxCtas = automoe::checkedMaxCtas(maxCtas);
+          })
+      .def_property(
+          "wire",
+          [](const OptionsAutoMoe& it) { return it.fp8Wire ? "fp8" : "exact"; },
+          [](OptionsAutoMoe& it, const std::string& wire) {
+            it.fp8Wire = automoe::checkedWire(wire);
+          })
+      .def_readwrite("peer_all_to_all", &OptionsAutoMoe::peerAllToAll)
       .def(
           "__copy__",
           [](const OptionsAutoMoe& it) {
@@ -159,7 +183,12 @@ PYBIND11_MODULE(_C, m) {
       "explain_devices",
       [](const std::vector<std::string>& facts,
          const std::vector<int>& nodeOfRank) {
-        return automoe::explainDevices(facts, nodeOfRank);
+        std::vector<std::string> lines =
+            automoe::explainDevices(facts, nodeOfRank);
+        for (std::string& line : automoe::explainReads(facts, nodeOfRank)) {
+          lines.push_back(std::move(line));
+        }
+        return lines;
       },
       py::arg("facts"),
       py::arg("node_of_rank"));
@@ -182,6 +211,14 @@ PYBIND11_MODULE(_C, m) {
       py::arg("stack_traces") = true,
       py::arg("only_active") = false);
 
+  m.def(
+      "route_words",
+      [](const at::Tensor& route) {
+        return automoe::withTorchErrors(
+            [&] { return automoe::routeWords(route); });
+      },
+      py::arg("route"),
+      py::call_guard<NoGil>());
   m.def(
       "refuse",
       &automoe::refuse,

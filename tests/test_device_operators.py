@@ -102,7 +102,7 @@ def compare_parts() -> None:
 
 
 def count_copies() -> None:
-    """Only plan copies from the device, and once; a part of an old plan does too."""
+    """Only plan copies from the device, and once; a part of an unknown one does too."""
     stand_in.set_up()
     ids = to_device(torch.tensor([[0, 1], [1, 2]]))
     name = dist.group.WORLD.group_name
@@ -111,7 +111,20 @@ def count_copies() -> None:
     assert stand_in.copies_to_host - before == 1
     parts = [_ops.plan_part(route, offsets, part, 2) for part in range(2)]
     assert stand_in.copies_to_host - before == 1
-    again = _ops.plan_part(route.clone(), offsets, 1, 2)
+    # A copy of a route is known by its words as long as the route lives.
+    kept = [route.clone() for _ in range(3)]
+    for known in (route.detach(), kept[0]):
+        again = _ops.plan_part(known, offsets, 1, 2)
+        assert torch.equal(again[0], parts[1][0])
+    assert stand_in.copies_to_host - before == 1
+    forged = kept[1].clone()
+    _ops.plan_part(forged, offsets, 1, 2)
+    forged[0] += 1
+    with pytest.raises(ValueError, match="route: the first word is"):
+        _ops.plan_part(forged, offsets, 1, 2)
+    del route, known, kept[0]
+    del forged
+    again = _ops.plan_part(kept[1], offsets, 1, 2)
     assert stand_in.copies_to_host - before == 2
     assert torch.equal(again[0], parts[1][0])
 

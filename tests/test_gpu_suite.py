@@ -23,6 +23,7 @@ sys.path.insert(0, str(GPU_TESTS))
 
 import gpu_cases  # noqa: E402
 import gpu_operators as programs  # noqa: E402
+import gpu_paths  # noqa: E402
 from gpu_cases import Case  # noqa: E402
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -56,6 +57,37 @@ def run_on_stand_in(name: str, *args: object) -> None:
 )
 def test_programs(rank_pool: RankPool, name: str, args: tuple) -> None:
     rank_pool.run(run_on_stand_in, name, *args)
+
+
+def compare_fp8_on_stand_in() -> None:
+    """The stand-in sends rows as they are: so the program of the wire of 8-bit floats
+    fails, but where it takes them for such."""
+    stand_in.set_up()
+    device = torch.device(stand_in.DEVICE)
+    gpu_cases.KIND = device.type
+    gpu_paths.own_device = lambda: device
+    with pytest.raises(AssertionError, match="bytes differ"):
+        gpu_paths.compare_fp8()
+    gpu_paths.quantize = lambda rows: rows
+    gpu_paths.compare_fp8()
+
+
+def test_fp8_program(make_rank_pool) -> None:
+    make_rank_pool([1, 1]).run(compare_fp8_on_stand_in)
+
+
+def test_quantized_rows() -> None:
+    # The largest of a block becomes 448 times the scale, whatever it is.
+    rows = torch.zeros(2, 130)
+    rows[0, :4] = torch.tensor([-896.0, 2.0, 17.0, 19.0])  # scale 2
+    rows[0, 128:] = torch.tensor([7.0, 0.0])  # a block of its own
+    found = gpu_paths.quantize(rows)
+    # 8.5 lies between 8 and 9, 9.5 between 9 and 10: ties go to the even one.
+    assert found[0, :4].tolist() == [-896.0, 2.0, 16.0, 20.0]
+    assert found[0, 128:].tolist() == [7.0, 0.0]
+    assert not found[1].any() and found.is_contiguous()
+    assert gpu_paths.quantize(rows.double()[:, :3]).tolist() == rows[:, :3].tolist()
+    assert gpu_paths.quantize(rows.half()[:0]).shape == (0, 130)
 
 
 def tell_bits_apart() -> None:
@@ -116,6 +148,7 @@ def test_the_script_says_that_there_is_no_device() -> None:
 FAKE_PYTHON = """#!/bin/bash
 case "$*" in
   -) echo "torch 2.99" ;;
+  *pip*) exit $BUILD_STATUS ;;
   *pytest*)
     echo "SKIPPED [2] tests/gpu/test_x.py:31: needs NCCL"
     exit $PYTEST_STATUS ;;
@@ -125,6 +158,44 @@ FAKE_SANITIZER = """#!/bin/bash
 [[ "$*" != *racecheck* ]] || echo "Error: $HAZARD"
 [[ "$*" != *racecheck* ]] || exit 9
 """
+
+
+def run_script(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run tools/test_gpu.sh with the fakes."""
+    for name, text in (
+        ("python", FAKE_PYTHON),
+        ("compute-sanitizer", FAKE_SANITIZER),
+        ("nvidia-smi", "#!/bin/bash\necho GPU 0\n"),
+        ("nvcc", "#!/bin/bash\n"),
+    ):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return subprocess.run(
+        [str(ROOT / "tools" / "test_gpu.sh")],
+        env={
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "PYTHON": str(folder / "python"),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        ("3", "FAILED: the build (exit status 3)"),
+        ("124", "FAILED: the build, ended at the limit of 480 s (GPU_TEST_SECONDS)"),
+    ],
+)
+def test_the_script_says_that_the_build_failed(
+    tmp_path: Path, status: str, text: str
+) -> None:
+    found = run_script(tmp_path, BUILD_STATUS=status)
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert found.stdout.splitlines()[-1] == text
 
 
 @pytest.mark.parametrize(
@@ -139,25 +210,8 @@ FAKE_SANITIZER = """#!/bin/bash
 def test_the_script_lists_what_was_not_run(
     tmp_path: Path, status: int, hazard: str, failures: list[str]
 ) -> None:
-    for name, text in (
-        ("python", FAKE_PYTHON),
-        ("compute-sanitizer", FAKE_SANITIZER),
-        ("nvidia-smi", "#!/bin/bash\necho GPU 0\n"),
-    ):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    found = subprocess.run(
-        [str(ROOT / "tools" / "test_gpu.sh")],
-        env={
-            "PATH": f"{tmp_path}:{os.environ['PATH']}",
-            "PYTHON": str(tmp_path / "python"),
-            "GPU_TEST_BUILD": "0",
-            "PYTEST_STATUS": str(status),
-            "HAZARD": hazard,
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
+    found = run_script(
+        tmp_path, GPU_TEST_BUILD="0", PYTEST_STATUS=str(status), HAZARD=hazard
     )
     lines = found.stdout.splitlines()
     assert found.returncode == bool(failures), found.stdout + found.stderr

@@ -148,6 +148,28 @@ def train_frozen(num_chunks: int, frozen: str) -> None:
         torch.testing.assert_close(found, dense[:, -1], rtol=1e-12, atol=1e-12)
 
 
+def compare_fixed_rows(case: Case, capacity: int) -> None:
+    """With room for all rows, their number changes no bit of the result."""
+    inputs, rank = moe_cases.draw_inputs(case), dist.get_rank()
+    shapes = []
+
+    def experts(rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        shapes.append(rows.shape[0])
+        return rows * rows
+
+    args = (inputs.x[rank], inputs.ids[rank], inputs.weights[rank], experts)
+    options = {"num_experts": case.num_experts}
+    expected = automoe.moe(*args, **options)
+    shapes.clear()
+    out = automoe.moe(*args, **options, max_recv_tokens=capacity)
+    assert shapes == [capacity]  # and one chunk
+    assert torch.equal(out, expected)
+    assert torch.equal(
+        automoe.moe(*args, **options, max_recv_tokens=capacity, num_chunks=3), expected
+    )
+    assert len(shapes) == 4
+
+
 def refuse_arguments() -> list[str]:
     """Errors of arguments that only the layer has."""
     ids, x = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 3)
@@ -206,6 +228,13 @@ class TestSomeShapes:
     def test_edge_cases(self, rank_pool: RankPool) -> None:
         for case in moe_cases.edge_cases(rank_pool.world_size):
             rank_pool.run(compare_chunks, case, [3])
+
+    def test_fixed_number_of_rows(self, rank_pool: RankPool) -> None:
+        size = rank_pool.world_size
+        case = Case(
+            (12,) * size, hidden=5, topk=3, num_experts=2 * size, dtype="float32"
+        )
+        rank_pool.run(compare_fixed_rows, case, 36 * size)
 
     def test_large_rows_are_in_flight_together(self, rank_pool: RankPool) -> None:
         size = rank_pool.world_size

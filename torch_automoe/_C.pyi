@@ -12,10 +12,24 @@ class Options(Backend.Options):
         merge_rows: whether equal rows of one all-to-all cross the network to a node
             once; None: as AUTOMOE_MERGE_ROWS says.
         node: pins the node of this rank, see AUTOMOE_NODE; "": as that says, or found.
+        max_ctas: the most thread blocks that a kernel between CUDA devices takes, of
+            ours and of NCCL's; None: no limit. A multiprocessor (SM) runs several
+            blocks, so it bounds the SMs too. Ranks may differ. ValueError: below 1.
+        wire: "exact"; or "fp8": floating rows of a dispatch on CUDA devices, gradients
+            included, cross between nodes as float8_e4m3 with a scale for each 128
+            elements. The same on all ranks. ValueError: another word.
+        peer_all_to_all: an ``all_to_all_single`` without split sizes on CUDA tensors of
+            at most this many bytes goes through memory that the GPUs of the node share,
+            where all ranks are on one node; 0: all go to NCCL. None: the first one
+            measures both ways, and the faster is taken, outside of graphs. The same on
+            all ranks.
     """
 
     merge_rows: bool | None
     node: str
+    max_ctas: int | None
+    wire: str
+    peer_all_to_all: int | None
 
     def __init__(
         self,
@@ -23,11 +37,15 @@ class Options(Backend.Options):
         timeout: timedelta = ...,
         merge_rows: bool | None = None,
         node: str = "",
+        max_ctas: int | None = None,
+        wire: str = "exact",
+        peer_all_to_all: int | None = None,
     ) -> None:
         """``timeout`` of every operation; 30 minutes: as the group's ``timeout``.
 
         Raises:
             TypeError: another setting, or one of another type.
+            ValueError: max_ctas below 1, or no such wire.
         """
 
 class ProcessGroupAutoMoe(Backend):

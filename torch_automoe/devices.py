@@ -18,7 +18,8 @@ def explain_topology(
     """Return in lines of text what was found of nodes and GPUs, and what is used.
 
     Without a process group, the lines are about this process alone. What is missing,
-    such as a driver, is a line too.
+    such as a driver, is a line too. Where there are GPUs, the last lines tell which way
+    CUDA tensors of the group have been given, and why, once there were any.
 
     Args:
         group: the group, with the backend "automoe"; None: the default group.
@@ -41,11 +42,17 @@ def explain_topology(
 
     found = topology(group)
     lines = _explain_nodes(found)
-    if not gather:
-        return "\n".join(lines + _explain_own(found.rank))
-    facts: list[bytes] = [b""] * len(found.node_of_rank)
-    dist.all_gather_object(facts, _own_facts(found.rank), group)
-    return "\n".join(lines + _loader.load().explain_devices(facts, found.node_of_rank))
+    if gather:
+        facts: list[bytes] = [b""] * len(found.node_of_rank)
+        dist.all_gather_object(facts, _own_facts(found.rank), group)
+        lines += _loader.load().explain_devices(facts, found.node_of_rank)
+    else:
+        lines += _explain_own(found.rank)
+    if torch.cuda.is_available():
+        name = (group or dist.group.WORLD).group_name
+        used = _loader.load().describe_device_group(name).splitlines()
+        lines += [line for line in used if line not in lines]
+    return "\n".join(lines)
 
 
 def _explain_nodes(found: Topology) -> list[str]:

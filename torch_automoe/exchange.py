@@ -255,7 +255,9 @@ def unpermute(
         (T, H): weighted sums, taken in float32 (float64 for float64).
 
     Raises:
-        ValueError: an argument has another shape or type.
+        ValueError: an argument has another shape or type, or, on the CPU, an index is
+            out of range. That is not checked on CUDA, as it would wait for the GPU:
+            there the row is left out, as padding is.
     """
     how = permutation
     return _ops.unpermute(rows, weights, how.index, how.num_tokens, how.topk)

@@ -39,6 +39,7 @@ def moe(
     num_experts: int | None = None,
     num_chunks: int | str = "auto",
     align: int = 1,
+    max_recv_tokens: int | None = None,
     overlap: Callable[[], None] | None = None,
     experts_need_grad: bool = True,
 ) -> Tensor:
@@ -61,8 +62,11 @@ def moe(
         group: as for ``plan``; default: the default group.
         num_experts: E, of all ranks; default: ``experts.num_experts``.
         num_chunks: 1 is dispatch, experts, combine. "auto" looks at the bytes of all
-            ranks; it is 1 where the call is traced, by torch.compile for example.
+            ranks that cross between nodes; it is 1 where the call is traced, by
+            torch.compile for example, and with ``max_recv_tokens``.
         align: begin the rows of each expert at a multiple of this.
+        max_recv_tokens: as for ``plan``: without chunks, recv_x has that many rows, and
+            what experts make of those behind the last offset counts for nothing.
         overlap: called once, while the first rows travel: for work that does not
             need them, as that of a shared expert. Not called where traced.
         experts_need_grad: False says that no rank's experts need a gradient. A rank
@@ -81,7 +85,10 @@ def moe(
         num_experts=_checked_num_experts(num_experts, experts),
         group=group,
         align=align,
+        max_recv_tokens=max_recv_tokens,
     )
+    if max_recv_tokens is not None and num_chunks == "auto":
+        num_chunks = 1  # chunks have sizes that depend on the routing
     xs = [x] if isinstance(x, Tensor) else list(x)
     chunks = _checked_num_chunks(num_chunks, whole, xs)
     if chunks > 1:

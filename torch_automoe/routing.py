@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from torch_automoe import ops
+from torch_automoe.fake_kernels import extension
 
 _ops = torch.ops.automoe
 
@@ -24,8 +25,10 @@ class Facts:
     Attributes:
         fingerprint: hash of what all ranks have planned; equal on all of them.
         total_tokens: of all ranks.
-        num_dropped: experts' rows that this rank had no room for.
-        num_send_rows: of this rank, one per token and node.
+        num_dropped: experts' rows that this rank had no room for; -1 where only a
+            device knows (``Plan.num_dropped`` asks it).
+        num_send_rows: of this rank, one per token and node; where only a device knows,
+            as many as there may be.
         num_nodes: that the group spans.
         sums_per_node: the order of sums lets a node send one sum per token.
     """
@@ -42,10 +45,11 @@ class Facts:
 class Plan:
     """Where the rows of every token go; made by ``plan``, as tensors alone.
 
-    It holds no memory but its tensors and may be used any number of times, in any
-    order beside other plans, and dropped at any time. All tensors are int32 and on the
-    device of the ids that it was made for, but ``route`` is always on the CPU. R is the
-    number of rows that this rank receives, e of its experts.
+    It holds no memory but its tensors and what a GPU has for them; it may be used any
+    number of times, in any order beside other plans, and dropped at any time. All
+    tensors are int32 and on the device of the ids that it was made for, but ``route``
+    is always on the CPU. R is the number of rows that this rank receives, e of its
+    experts.
 
     Attributes:
         route: (W,) the lists of the exchange; opaque.
@@ -100,8 +104,14 @@ class Plan:
 
     @property
     def num_dropped(self) -> int:
-        """Experts' rows that did not fit ``max_recv_tokens`` of this rank."""
-        return self.facts.num_dropped
+        """Experts' rows that did not fit ``max_recv_tokens`` of this rank.
+
+        On a GPU, the host waits for it.
+        """
+        dropped = self.facts.num_dropped
+        if dropped >= 0:
+            return dropped
+        return _ops.route_facts(extension.route_words(self.route)).tolist()[7]
 
     @property
     def reduction_map(self) -> list[int]:
@@ -149,15 +159,21 @@ def plan(
         align: begin the rows of each expert at a multiple of this.
         max_recv_tokens: give exactly that many receive rows (the rest is padding), so
             that shapes do not depend on routing. Rows beyond are dropped: counted in
-            ``Plan.num_dropped``, and warned about once (not by compiled code).
+            ``Plan.num_dropped``, and warned about once (not by compiled code, and not
+            on GPUs, where the host does not see them).
         reduction_map: a label of each group rank; default: its node. Sums over the
             experts of one label are rounded to the rows' type, then summed by
             label. It fixes the bits of results: pin the map of another cluster to
             reproduce its run. One that is not the group's own nodes costs more bytes
             between nodes.
 
-    For ids on a device, the host waits for them once: the plan is made on the host, and
-    R is a size that it gives. What then goes to the device is not waited for.
+    On GPUs that reach each other, the plan is made by them, and ``route`` has only a
+    header: pass the tensor itself on, as a copy of it stands for nothing. The hosts
+    tell each other their sizes; then each waits once for its GPU, to learn R. With
+    ``max_recv_tokens`` it does not: ids outside of [-1, E) then count as -1, and ids
+    that a recomputation changes are not noticed. ``align`` and ``max_recv_tokens``
+    must be the same on all ranks there. Elsewhere, and with a ``reduction_map``, the
+    ids are copied to the host, which is waited for.
 
     ``torch.compile`` needs ``torch._dynamo.config.capture_dynamic_output_shape_ops``,
     which ``fullgraph=True`` sets by itself.
@@ -182,7 +198,7 @@ def plan(
     )
     made = Plan(*tensors, *topk_ids.shape, num_experts, align, name)
     if max_recv_tokens is not None and has_values(made):
-        _warn_of_dropped(made)
+        _warn_of_dropped(made, made.facts.num_dropped)
     return made
 
 
@@ -211,10 +227,9 @@ def group_name(group: dist.ProcessGroup | str | None) -> str:
 _warned = False
 
 
-def _warn_of_dropped(made: Plan) -> None:
+def _warn_of_dropped(made: Plan, dropped: int) -> None:
     global _warned
-    dropped = made.num_dropped
-    if dropped and not _warned:
+    if dropped > 0 and not _warned:
         _warned = True
         warnings.warn(
             f"plan: {dropped} rows for the experts of this rank were dropped, as "

@@ -100,7 +100,7 @@ void enqueue(const SameRows& call, DeviceStream stream) {
   alignment.add(call.b);
   alignment.add(call.rowBytes);
   alignment.withUnit<1>([&](auto unit) {
-    launch("sameRows", sameRows<unit>, shape, stream, call);
+    launch("sameRows", Kernel<sameRows<unit>>(), shape, stream, call);
   });
 }
 
@@ -111,7 +111,7 @@ void enqueue(const ProbeRows& call, DeviceStream stream) {
   const unsigned threads = blockThreadsFor(call.maxBlocks);
   const LaunchShape shape{
       blocksFor(call.count, threads / kProbeThreads, call.maxBlocks), threads};
-  launch("probeRows", probeRows, shape, stream, call);
+  launch("probeRows", Kernel<probeRows>(), shape, stream, call);
 }
 
 }  // namespace automoe::kernels

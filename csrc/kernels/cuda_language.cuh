@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <typeinfo>
+#include <vector>
 
 #include "kernels/device_kernels.hpp"
 
@@ -97,27 +99,52 @@ inline double multiply(double a, double b) {
 }
 #endif
 
+/// The kernels of this library, for loadKernels().
+inline std::vector<const void*>& allKernels() {
+  static std::vector<const void*> all;
+  return all;
+}
+
+/// A kernel as launch() takes it. Whoever names one in a call has put it among
+/// allKernels() before main() begins, so none is left out there.
+template <auto kFunction>
+struct Kernel {
+  static const void* address() {
+    static_cast<void>(&kIsKnown);  // uses it, so that it is made
+    return reinterpret_cast<const void*>(kFunction);
+  }
+
+  static inline const bool kIsKnown = [] {
+    allKernels().push_back(reinterpret_cast<const void*>(kFunction));
+#ifdef AUTOMOE_EMULATE_CUDA
+    emulated::Known<kFunction>::add(typeid(Kernel).name());
+#endif
+    return true;
+  }();
+};
+
 struct LaunchShape {
   unsigned blocks;
   unsigned blockThreads;
 };
 
-/// Enqueues `kernel(call)`. Throws std::runtime_error when CUDA refuses it.
-template <class Call>
+/// Enqueues `kFunction(call)`. Throws std::runtime_error when CUDA refuses it.
+template <auto kFunction, class Call>
 void launch(
     const char* name,
-    void (*kernel)(Call),
+    Kernel<kFunction> kernel,
     LaunchShape shape,
     DeviceStream stream,
     const Call& call) {
 #ifdef AUTOMOE_EMULATE_CUDA
   static_cast<void>(stream);
+  emulated::launching(kernel.address());
   emulated::run(
-      name, shape.blocks, shape.blockThreads, 0, [&] { kernel(call); });
+      name, shape.blocks, shape.blockThreads, 0, [&] { kFunction(call); });
 #else
   void* arguments[] = {const_cast<Call*>(&call)};
   const cudaError_t error = cudaLaunchKernel(
-      reinterpret_cast<const void*>(kernel),
+      kernel.address(),
       dim3(shape.blocks),
       dim3(shape.blockThreads),
       arguments,

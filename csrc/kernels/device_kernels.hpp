@@ -17,6 +17,11 @@ namespace automoe::kernels {
 /// A cudaStream_t, without CUDA's headers.
 using DeviceStream = void*;
 
+/// Has all kernels on the current device now: CUDA loads each when it is first
+/// launched, for which it may wait for the device, and so for other ranks.
+/// Throws std::runtime_error when CUDA cannot.
+void loadKernels();
+
 /// Arrays that an index can point into; passed to a kernel by value.
 struct RowBases {
   /// The GPUs of the largest node (72), and what a caller has beside them.
@@ -43,9 +48,9 @@ void enqueue(const GatherRows& call, DeviceStream stream);
 ///     round(sum over the segment's terms, in order, of weight * row)
 /// as kernels::reduceRow does it, whose rules hold to the bit. The segments of
 /// row i are [segmentBegin[i], segmentBegin[i + 1]), the terms of segment s
-/// [termBegin[s], termBegin[s + 1]). Term t is row index[t] of
-/// rows.at[base[t]], its weight value index[t] of weights.at[base[t]], in the
-/// type of the sum; where index[t] is negative, both are zero.
+/// [termBegin[s], termEnd[s]). Term t is row index[t] of rows.at[base[t]], its
+/// weight value index[t] of weights.at[base[t]], in the type of the sum; where
+/// index[t] is negative, both are zero.
 struct ReduceRows {
   DType dtype = DType::kFloat32;
   std::byte* to = nullptr;
@@ -53,13 +58,17 @@ struct ReduceRows {
   size_t elements = 0;                    // of a row
   const int32_t* segmentBegin = nullptr;  // (count + 1,); null: one each
   const int32_t* termBegin = nullptr;     // (segments + 1,)
-  const int32_t* base = nullptr;          // (terms,); null: 0
-  const int32_t* index = nullptr;         // (terms,)
+  /// (segments,); null: termBegin + 1. Only with one segment for each row, and
+  /// then termBegin has no last word.
+  const int32_t* termEnd = nullptr;
+  const int32_t* base = nullptr;   // (terms,); null: 0
+  const int32_t* index = nullptr;  // (terms,)
   RowBases rows = {};
   bool weighted = false;  // else every weight is 1
   RowBases weights = {};
   int maxBlocks = 0;  // 0: as many as are good
 };
+/// Throws std::invalid_argument for termEnd together with segmentBegin.
 void enqueue(const ReduceRows& call, DeviceStream stream);
 
 /// counts[e] = how many of the ids are e, for e below `experts`; other ids are
@@ -135,11 +144,15 @@ void enqueue(const ProbeRows& call, DeviceStream stream);
 /// Rows as 8-bit floats with scales and back, as quantizeRow and dequantizeRow
 /// (quantize.hpp) do it for each row. Values and scales of all rows lie one
 /// after the other. Throws std::invalid_argument for float64.
+///
+/// Quantized row i is row index[i] of `rows`; a row of zeros where index[i] is
+/// negative.
 struct QuantizeRows {
   DType dtype = DType::kBFloat16;
   const std::byte* rows = nullptr;
-  uint8_t* values = nullptr;  // (count, elements)
-  float* scales = nullptr;    // (count, scalesOf(elements))
+  const int32_t* index = nullptr;  // (count,); null: i
+  uint8_t* values = nullptr;       // (count, elements)
+  float* scales = nullptr;         // (count, scalesOf(elements))
   size_t count = 0;
   size_t elements = 0;  // of a row
   int maxBlocks = 0;    // 0: as many as are good

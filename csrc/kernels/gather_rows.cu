@@ -76,7 +76,12 @@ void enqueue(const GatherRows& call, DeviceStream stream) {
     const unsigned threads = call.maxBlocks > 0 ? kMostThreads<unit> : 256;
     const unsigned blocks = blocksFor(
         call.count * gather.parts, threads >> gather.teamShift, call.maxBlocks);
-    launch("gatherRows", gatherRows<unit>, {blocks, threads}, stream, gather);
+    launch(
+        "gatherRows",
+        Kernel<gatherRows<unit>>(),
+        {blocks, threads},
+        stream,
+        gather);
   });
 }
 

@@ -32,10 +32,11 @@ struct Eight {
 
   Stored at[kPerThread];
 
+  // Not as what is read once: a row is quantized for each node that it goes to.
   __device__ __forceinline__ void loadFrom(const std::byte* row, size_t bytes) {
 #pragma unroll
     for (size_t i = 0; i < kPieces; ++i) {
-      const auto piece = loadPiece<kUnit, true>(
+      const auto piece = loadPiece<kUnit, false>(
           row + i * kPieceBytes, bytesAt(i * kPieceBytes, bytes));
       memcpy(at + i * (kPerThread / kPieces), &piece, kPieceBytes);
     }
@@ -80,12 +81,28 @@ __device__ __forceinline__ Place placeOf(
   return place;
 }
 
+/// The elements of a place in the row that an index has for it; zeros where it
+/// has none.
+template <class Of>
+__device__ __forceinline__ Of
+elementsOf(const QuantizeRows& rows, const Place& place) {
+  constexpr size_t kBytes = sizeof(typename Of::Stored);
+  const int64_t from = rows.index == nullptr ? static_cast<int64_t>(place.row)
+                                             : rows.index[place.row];
+  const bool isRow = from >= 0;
+  const size_t row = isRow ? static_cast<size_t>(from) : 0;
+  Of elements;
+  elements.loadFrom(
+      rows.rows + (row * rows.elements + place.begin) * kBytes,
+      isRow ? place.size * kBytes : 0);
+  return elements;
+}
+
 template <DType kDType, size_t kUnit>
 __global__ void __launch_bounds__(1024)
     quantizeRows(const __grid_constant__ Blocks<QuantizeRows> call) {
   using Of = Eight<kDType, kUnit>;
   constexpr size_t kValueUnit = Of::kValueUnit;
-  constexpr size_t kBytes = sizeof(typename Of::Stored);
   const QuantizeRows& rows = call.rows;
   const Team team = teamOf(kTeamShift);
   const size_t teamOfWarp = threadIdx.x % 32 / kTeamThreads;
@@ -93,9 +110,7 @@ __global__ void __launch_bounds__(1024)
        first += team.step) {
     const Place place = placeOf(
         first + teamOfWarp, rows.count, call.perRow, rows.elements, team.rank);
-    const size_t at = place.row * rows.elements + place.begin;
-    Of elements;
-    elements.loadFrom(rows.rows + at * kBytes, place.size * kBytes);
+    const Of elements = elementsOf<Of>(rows, place);
     float largest = 0;
 #pragma unroll
     for (size_t i = 0; i < kPerThread; ++i) {
@@ -115,7 +130,8 @@ __global__ void __launch_bounds__(1024)
       values.at[i] = floatToFloat8E4M3(
           multiply(Format<kDType>::widen(elements.at[i]), inverse));
     }
-    auto* const to = reinterpret_cast<std::byte*>(rows.values) + at;
+    auto* const to = reinterpret_cast<std::byte*>(rows.values) +
+                     place.row * rows.elements + place.begin;
 #pragma unroll
     for (size_t i = 0; i < EightValues<kValueUnit>::kUnits; ++i) {
       if (i * kValueUnit < place.size) {
@@ -207,7 +223,8 @@ void enqueue(const QuantizeRows& rows, DeviceStream stream) {
       [&](auto type, auto unit) {
         launch(
             "quantizeRows",
-            quantizeRows<decltype(type)::value, decltype(unit)::value>,
+            Kernel<
+                quantizeRows<decltype(type)::value, decltype(unit)::value>>(),
             shapeFor(call),
             stream,
             call);
@@ -226,7 +243,8 @@ void enqueue(const DequantizeRows& rows, DeviceStream stream) {
       [&](auto type, auto unit) {
         launch(
             "dequantizeRows",
-            dequantizeRows<decltype(type)::value, decltype(unit)::value>,
+            Kernel<
+                dequantizeRows<decltype(type)::value, decltype(unit)::value>>(),
             shapeFor(call),
             stream,
             call);

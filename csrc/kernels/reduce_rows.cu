@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // ReduceRows: each thread sums the same few elements of all terms of a row. The
 // order of a sum is fixed, so several terms are loaded ahead of it.
+#include <stdexcept>
+
 #include "kernels/pieces.cuh"
 
 namespace automoe::kernels {
@@ -144,7 +146,7 @@ struct SegmentSums {
 
 /// Which segment a term belongs to, asked with ascending terms.
 struct SegmentWalk {
-  const int32_t* termBegin;
+  const int32_t* termEnd;
   int32_t segment;
   int32_t end;  // of the segment's terms
 
@@ -154,7 +156,7 @@ struct SegmentWalk {
     }
     while (term >= end) {
       ++segment;
-      end = termBegin[segment + 1];
+      end = termEnd[segment];
     }
     return true;
   }
@@ -195,9 +197,9 @@ __device__ __forceinline__ void reducePart(
     last = rows.segmentBegin[row + 1];
   }
   const int32_t begin = rows.termBegin[first];
-  const int32_t end = rows.termBegin[last];
+  const int32_t end = rows.termEnd[last - 1];
   SegmentSums<kDType> sums;
-  SegmentWalk walk{rows.termBegin, first - 1, begin};
+  SegmentWalk walk{rows.termEnd, first - 1, begin};
   for (int32_t t = begin; t < end; t += kAhead) {
     // Without a branch, so that no load waits for one of another term.
     Term terms[kAhead];
@@ -265,6 +267,9 @@ Alignment alignmentOf(const Reduce& call) {
 template <DType kDType>
 void reduceRowsOf(const ReduceRows& rows, DeviceStream stream) {
   Reduce call{rows, rows.elements * elementBytes(kDType), 0, 0};
+  if (rows.termEnd == nullptr) {
+    call.rows.termEnd = rows.termBegin + 1;
+  }
   const size_t pieces = piecesOf(call.rowBytes);
   call.teamShift = teamShiftFor(pieces, kPiecesPerThread);
   const size_t partPieces = kPiecesPerThread << call.teamShift;
@@ -275,7 +280,7 @@ void reduceRowsOf(const ReduceRows& rows, DeviceStream stream) {
         rows.count * call.parts, threads >> call.teamShift, rows.maxBlocks);
     launch(
         "reduceRows",
-        reduceRows<kDType, unit>,
+        Kernel<reduceRows<kDType, unit>>(),
         {blocks, threads},
         stream,
         call);
@@ -285,6 +290,11 @@ void reduceRowsOf(const ReduceRows& rows, DeviceStream stream) {
 }  // namespace
 
 void enqueue(const ReduceRows& call, DeviceStream stream) {
+  if (call.termEnd != nullptr && call.segmentBegin != nullptr) {
+    throw std::invalid_argument(
+        "ReduceRows has both termEnd and segmentBegin, expected termEnd only "
+        "where each row is one segment");
+  }
   if (call.count == 0 || call.elements == 0) {
     return;
   }

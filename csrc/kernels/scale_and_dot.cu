@@ -185,7 +185,7 @@ void scaleAndDotOf(const ScaleAndDot& rows, DeviceStream stream) {
         rows.count, threads / Lanes<kDType>::kTeamThreads, rows.maxBlocks);
     launch(
         "scaleAndDot",
-        scaleAndDot<kDType, unit>,
+        Kernel<scaleAndDot<kDType, unit>>(),
         {blocks, threads},
         stream,
         call);

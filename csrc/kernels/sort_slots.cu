@@ -337,13 +337,13 @@ void enqueue(const SortSlots& call, DeviceStream stream) {
   const Sort sort{call, tilesOf(call), static_cast<int32_t*>(call.scratch)};
   const LaunchShape perTile{sort.tiles, kThreads};
   if (sort.tiles > 1) {
-    launch("countTiles", countTiles, perTile, stream, sort);
+    launch("countTiles", Kernel<countTiles>(), perTile, stream, sort);
     if (call.experts > 0) {
       const unsigned blocks = blocksFor(call.experts, kWarps, 0);
-      launch("sumTiles", sumTiles, {blocks, kThreads}, stream, sort);
+      launch("sumTiles", Kernel<sumTiles>(), {blocks, kThreads}, stream, sort);
     }
   }
-  launch("placeSlots", placeSlots, perTile, stream, sort);
+  launch("placeSlots", Kernel<placeSlots>(), perTile, stream, sort);
 }
 
 void enqueue(const CountIds& call, DeviceStream stream) {
@@ -355,11 +355,16 @@ void enqueue(const CountIds& call, DeviceStream stream) {
   unsigned blocks = blocksFor(call.count, kIdsOfOneBlock, 0);
   if (blocks > 1) {
     const unsigned clearing = blocksFor(call.experts, kThreads, 0);
-    launch("clearCounts", clearCounts, {clearing, kThreads}, stream, call);
+    launch(
+        "clearCounts",
+        Kernel<clearCounts>(),
+        {clearing, kThreads},
+        stream,
+        call);
   } else {
     blocks = 1;
   }
-  launch("countIds", countIds, {blocks, kThreads}, stream, count);
+  launch("countIds", Kernel<countIds>(), {blocks, kThreads}, stream, count);
 }
 
 }  // namespace automoe::kernels

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "kernels/device_kernels.hpp"
+#include "kernels/plan_kernels.hpp"
 
 namespace automoe::kernels {
 namespace {
@@ -16,6 +17,10 @@ namespace {
 }
 
 }  // namespace
+
+void loadKernels() {
+  refuse("loadKernels");
+}
 
 void enqueue(const GatherRows&, DeviceStream) {
   refuse("GatherRows");
@@ -55,6 +60,26 @@ void enqueue(const QuantizeRows&, DeviceStream) {
 
 void enqueue(const DequantizeRows&, DeviceStream) {
   refuse("DequantizeRows");
+}
+
+void enqueue(const CountPlan&, DeviceStream) {
+  refuse("CountPlan");
+}
+
+size_t scratchBytes(const CountPlan&) {
+  refuse("CountPlan");
+}
+
+void enqueue(const ListPlan&, DeviceStream) {
+  refuse("ListPlan");
+}
+
+void enqueue(const ScanCounts&, DeviceStream) {
+  refuse("ScanCounts");
+}
+
+size_t scratchBytes(const ScanCounts&) {
+  refuse("ScanCounts");
 }
 
 }  // namespace automoe::kernels

@@ -40,67 +40,62 @@ struct DispatchCall {
   DispatchTensors results;
 };
 
-/// Checks the route and its index and keeps them; returns a view.
-Route takeRoute(
+/// Checks the route and its index and keeps them.
+RouteFacts takeRoute(
     const char* call,
-    const RowExchange& exchange,
+    RowExchange& exchange,
     const at::Tensor& route,
     const at::Tensor& receiveIndex,
     CallTensors& tensors) {
   const at::Tensor words = int32List(call, "route", route);
-  const Route view(int32sOf(words));
-  exchange.checkRoute(view);
+  const RouteFacts facts = exchange.takeRoute(words);
   tensors.inputs.push_back(words);
   tensors.inputs.push_back(int32List(
       call,
       "receive_index",
       receiveIndex,
-      view.numReceiveRows(),
+      facts.numReceiveRows,
       exchange.device()));
-  return view;
+  return facts;
 }
 
-DispatchCall makeDispatch(
-    const RowExchange& exchange,
-    at::TensorList xs,
-    const std::optional<at::Tensor>& topkWeights,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    bool packed) {
+DispatchCall makeDispatch(RowExchange& exchange, const DispatchInputs& inputs) {
   constexpr const char* kCall = "dispatch";
   TORCH_CHECK_VALUE(
-      !xs.empty(), "dispatch: xs is empty, expected at least one tensor");
+      !inputs.xs.empty(),
+      "dispatch: xs is empty, expected at least one tensor");
   DispatchCall call;
   auto& [arguments, tensors, results] = call;
   auto& [received, receivedWeights] = results;
-  const Route view = takeRoute(kCall, exchange, route, receiveIndex, tensors);
-  const int64_t numRows =
-      packed ? static_cast<int64_t>(view.numSendRows()) : view.numTokens();
+  const RouteFacts facts =
+      takeRoute(kCall, exchange, inputs.route, inputs.receiveIndex, tensors);
+  const int64_t numRows = inputs.packed ? facts.numSendRows : facts.numTokens;
   arguments.route = int32sOf(tensors.inputs[0]);
   arguments.receiveIndex = int32sOf(tensors.inputs[1]);
-  arguments.packed = packed;
-  arguments.dtype = static_cast<uint8_t>(xs[0].scalar_type());
+  arguments.packed = inputs.packed;
+  arguments.dtype = static_cast<uint8_t>(inputs.xs[0].scalar_type());
   arguments.dtypeName = &scalarTypeName;
-  for (const at::Tensor& x : xs) {
+  for (const at::Tensor& x : inputs.xs) {
     const at::Tensor rows = rowsOf(kCall, "x", x, numRows, exchange.device());
-    received.push_back(emptyRows(rows, view.numReceiveRows()));
+    received.push_back(emptyRows(rows, facts.numReceiveRows));
     arguments.fields.push_back(
         {bytesOf(rows),
          mutableBytesOf(received.back()),
          rowBytes(rows),
-         static_cast<uint8_t>(x.scalar_type())});
+         static_cast<uint8_t>(x.scalar_type()),
+         numberOf(x.scalar_type())});
     tensors.inputs.push_back(rows);
   }
   tensors.outputs = received;
-  if (topkWeights.has_value()) {
+  if (inputs.topkWeights.has_value()) {
     const at::Tensor weights = floats(
         kCall,
         "topk_weights",
-        *topkWeights,
-        {view.numTokens(), view.topK()},
+        *inputs.topkWeights,
+        {facts.numTokens, facts.topK},
         exchange.device());
     receivedWeights = emptyList(
-        view.numReceiveRows(), weights.scalar_type(), exchange.device());
+        facts.numReceiveRows, weights.scalar_type(), exchange.device());
     arguments.weights = bytesOf(weights);
     arguments.receivedWeights = mutableBytesOf(receivedWeights);
     arguments.weightBytes = static_cast<uint32_t>(weights.element_size());
@@ -118,53 +113,44 @@ struct CombineCall {
   CombineTensors results;
 };
 
-CombineCall makeCombine(
-    const RowExchange& exchange,
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& scalars,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    int64_t numTokens,
-    int64_t topK,
-    bool packed) {
+CombineCall makeCombine(RowExchange& exchange, const CombineInputs& inputs) {
   constexpr const char* kCall = "combine";
   CombineCall call;
   auto& [arguments, tensors, results] = call;
   auto& [out, scalarsOut] = results;
-  const Route view = takeRoute(kCall, exchange, route, receiveIndex, tensors);
+  const bool packed = inputs.packed;
+  const RouteFacts facts =
+      takeRoute(kCall, exchange, inputs.route, inputs.receiveIndex, tensors);
   TORCH_CHECK_VALUE(
-      (numTokens == -1 || numTokens == view.numTokens()) &&
-          (topK == -1 || topK == view.topK()),
+      (inputs.numTokens == -1 || inputs.numTokens == facts.numTokens) &&
+          (inputs.topK == -1 || inputs.topK == facts.topK),
       "combine: num_tokens and topk are ",
-      numTokens,
+      inputs.numTokens,
       " and ",
-      topK,
+      inputs.topK,
       ", expected those of the plan, ",
-      view.numTokens(),
+      facts.numTokens,
       " and ",
-      view.topK(),
+      facts.topK,
       ", or -1");
   TORCH_CHECK_VALUE(
-      !packed || view.sumsPerNode(),
+      !packed || facts.sumsPerNode,
       "combine: packed is True, but the plan's reduction_map allows no sums "
       "of one node; plan without reduction_map, or combine without packed");
   const c10::Device device = exchange.device();
-  const int64_t numRows = view.numReceiveRows();
-  const at::Tensor terms = rowsOf(kCall, "rows", rows, numRows, device);
-  arguments.dtype = dtypeOf(kCall, "rows", terms);
+  const int64_t numRows = facts.numReceiveRows;
+  const at::Tensor terms = rowsOf(kCall, "rows", inputs.rows, numRows, device);
+  const kernels::DType dtype = dtypeOf(kCall, "rows", terms);
   const at::Tensor factors =
-      sumValues(kCall, "weights", weights, arguments.dtype, numRows, device);
+      sumValues(kCall, "weights", inputs.weights, dtype, numRows, device);
   const at::Tensor values =
-      sumValues(kCall, "scalars", scalars, arguments.dtype, numRows, device);
-  out = emptyRows(
-      terms,
-      packed ? static_cast<int64_t>(view.numSendRows()) : view.numTokens());
+      sumValues(kCall, "scalars", inputs.scalars, dtype, numRows, device);
+  out = emptyRows(terms, packed ? facts.numSendRows : facts.numTokens);
   tensors.outputs.push_back(out);
-  const at::ScalarType sumType = sumTypeOf(arguments.dtype);
+  const at::ScalarType sumType = sumTypeOf(dtype);
   if (values.defined()) {
     scalarsOut = at::empty(
-        {view.numTokens(), view.topK()},
+        {facts.numTokens, facts.topK},
         at::TensorOptions(sumType).device(device));
     tensors.outputs.push_back(scalarsOut);
   } else {
@@ -172,6 +158,7 @@ CombineCall makeCombine(
   }
   arguments.route = int32sOf(tensors.inputs[0]);
   arguments.receiveIndex = int32sOf(tensors.inputs[1]);
+  arguments.dtype = dtype;
   arguments.elements = rowElements(terms);
   arguments.rows = bytesOf(terms);
   arguments.weighted = factors.defined();
@@ -192,15 +179,12 @@ CombineCall makeCombine(
 
 }  // namespace
 
+// ---- whatever carries the rows ----
+
 DispatchStarted startDispatch(
-    RowExchange& exchange,
-    at::TensorList xs,
-    const std::optional<at::Tensor>& topkWeights,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    bool packed) {
+    RowExchange& exchange, const DispatchInputs& inputs) {
   DispatchCall call = checked(exchange, OperationKind::kDispatch, [&] {
-    return makeDispatch(exchange, xs, topkWeights, route, receiveIndex, packed);
+    return makeDispatch(exchange, inputs);
   });
   auto work =
       exchange.dispatch(std::move(call.arguments), std::move(call.tensors));
@@ -209,32 +193,59 @@ DispatchStarted startDispatch(
 }
 
 CombineStarted startCombine(
-    RowExchange& exchange,
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& scalars,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    int64_t numTokens,
-    int64_t topK,
-    bool packed) {
+    RowExchange& exchange, const CombineInputs& inputs) {
   CombineCall call = checked(exchange, OperationKind::kCombine, [&] {
-    return makeCombine(
-        exchange,
-        rows,
-        weights,
-        scalars,
-        route,
-        receiveIndex,
-        numTokens,
-        topK,
-        packed);
+    return makeCombine(exchange, inputs);
   });
   auto work =
       exchange.combine(std::move(call.arguments), std::move(call.tensors));
   auto& [out, scalarsOut] = call.results;
   return {std::move(work), std::move(out), std::move(scalarsOut)};
 }
+
+PlanTensors planOnHost(const PlanInputs& inputs) {
+  const auto exchange = findRowExchange(inputs.groupName);
+  at::Tensor narrow;
+  const auto builder = checked(*exchange, OperationKind::kPlan, [&] {
+    const at::Tensor ids = checkedIds("plan", inputs.topkIds);
+    // What does not fit is found below; then these values are not used.
+    narrow = ids.to(at::kInt);
+    const PlanArguments arguments{
+        int32sOf(narrow),
+        ids.size(0),
+        ids.size(1),
+        inputs.numExperts,
+        inputs.align,
+        inputs.maxReceiveTokens,
+        checkedMap(inputs.reductionMap)};
+    checkPlanArguments(arguments);
+    const std::string wrong = findIllegalId("plan", ids, inputs.numExperts);
+    TORCH_CHECK_VALUE(wrong.empty(), wrong);
+    return std::make_shared<RouteBuilder>(exchange->topology(), arguments);
+  });
+  exchange->plan(builder, {{narrow}, {}});
+  return toTensors(builder->finish());
+}
+
+// ---- by the device ----
+
+DispatchStarted startDispatch(const DispatchInputs& inputs) {
+  return withTorchErrors([&] {
+    return inputs.xs.empty() || inputs.xs[0].is_cpu()
+               ? startDispatch(*findRowExchange(inputs.groupName), inputs)
+               : on_device::startDispatch(inputs);
+  });
+}
+
+CombineStarted startCombine(const CombineInputs& inputs) {
+  return withTorchErrors([&] {
+    return inputs.rows.is_cpu()
+               ? startCombine(*findRowExchange(inputs.groupName), inputs)
+               : on_device::startCombine(inputs);
+  });
+}
+
+// ---- the operators ----
 
 PlanTensors plan(
     const at::Tensor& topkIds,
@@ -244,28 +255,15 @@ PlanTensors plan(
     int64_t maxReceiveTokens,
     at::IntArrayRef reductionMap) {
   const ReleaseGil noGil;
+  const PlanInputs inputs{
+      topkIds,
+      numExperts,
+      std::move(groupName),
+      align,
+      maxReceiveTokens,
+      reductionMap.vec()};
   return withTorchErrors([&] {
-    const auto exchange = findRowExchange(groupName);
-    at::Tensor narrow;
-    const auto builder = checked(*exchange, OperationKind::kPlan, [&] {
-      const at::Tensor ids = checkedIds("plan", topkIds);
-      // What does not fit is found below; then these values are not used.
-      narrow = ids.to(at::kInt);
-      const PlanArguments arguments{
-          int32sOf(narrow),
-          ids.size(0),
-          ids.size(1),
-          numExperts,
-          align,
-          maxReceiveTokens,
-          checkedMap(reductionMap)};
-      checkPlanArguments(arguments);
-      const std::string wrong = findIllegalId("plan", ids, numExperts);
-      TORCH_CHECK_VALUE(wrong.empty(), wrong);
-      return std::make_shared<RouteBuilder>(exchange->topology(), arguments);
-    });
-    exchange->plan(builder, {{narrow}, {}});
-    return toTensors(builder->finish());
+    return topkIds.is_cpu() ? planOnHost(inputs) : on_device::plan(inputs);
   });
 }
 
@@ -277,17 +275,15 @@ DispatchTensors dispatch(
     std::string groupName,
     bool packed) {
   const ReleaseGil noGil;
-  return withTorchErrors([&] {
-    auto [work, received, receivedWeights] = startDispatch(
-        *findRowExchange(groupName),
-        xs,
-        topkWeights,
-        route,
-        receiveIndex,
-        packed);
-    work->wait();
-    return DispatchTensors(std::move(received), std::move(receivedWeights));
-  });
+  auto [work, received, receivedWeights] = startDispatch(
+      {xs.vec(),
+       topkWeights,
+       route,
+       receiveIndex,
+       std::move(groupName),
+       packed});
+  withTorchErrors([&] { work->wait(); });
+  return {std::move(received), std::move(receivedWeights)};
 }
 
 CombineTensors combine(
@@ -301,20 +297,18 @@ CombineTensors combine(
     int64_t topK,
     bool packed) {
   const ReleaseGil noGil;
-  return withTorchErrors([&] {
-    auto [work, out, scalarsOut] = startCombine(
-        *findRowExchange(groupName),
-        rows,
-        weights,
-        scalars,
-        route,
-        receiveIndex,
-        numTokens,
-        topK,
-        packed);
-    work->wait();
-    return CombineTensors(std::move(out), std::move(scalarsOut));
-  });
+  auto [work, out, scalarsOut] = startCombine(
+      {rows,
+       weights,
+       scalars,
+       route,
+       receiveIndex,
+       std::move(groupName),
+       numTokens,
+       topK,
+       packed});
+  withTorchErrors([&] { work->wait(); });
+  return {std::move(out), std::move(scalarsOut)};
 }
 
 DispatchStarted dispatchAsync(
@@ -324,19 +318,8 @@ DispatchStarted dispatchAsync(
     const at::Tensor& receiveIndex,
     const std::string& groupName,
     bool packed) {
-  return withTorchErrors([&] {
-    if (!xs.empty() && !xs[0].is_cpu()) {
-      return on_device::dispatchAsync(
-          xs, topkWeights, route, receiveIndex, groupName, packed);
-    }
-    return startDispatch(
-        *findRowExchange(groupName),
-        xs,
-        topkWeights,
-        route,
-        receiveIndex,
-        packed);
-  });
+  return startDispatch(
+      {xs, topkWeights, route, receiveIndex, groupName, packed});
 }
 
 CombineStarted combineAsync(
@@ -349,30 +332,16 @@ CombineStarted combineAsync(
     int64_t numTokens,
     int64_t topK,
     bool packed) {
-  return withTorchErrors([&] {
-    if (!rows.is_cpu()) {
-      return on_device::combineAsync(
-          rows,
-          weights,
-          scalars,
-          route,
-          receiveIndex,
-          groupName,
-          numTokens,
-          topK,
-          packed);
-    }
-    return startCombine(
-        *findRowExchange(groupName),
-        rows,
-        weights,
-        scalars,
-        route,
-        receiveIndex,
-        numTokens,
-        topK,
-        packed);
-  });
+  return startCombine(
+      {rows,
+       weights,
+       scalars,
+       route,
+       receiveIndex,
+       groupName,
+       numTokens,
+       topK,
+       packed});
 }
 
 void refuse(const std::string& groupName, const std::string& fault) {

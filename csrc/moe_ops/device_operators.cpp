@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include "moe_ops/device_plans.hpp"
 #include "moe_ops/device_row_exchange.hpp"
 #include "moe_ops/kernel_operators.hpp"
 #include "moe_ops/row_calls.hpp"
@@ -25,16 +26,10 @@ auto run(Body&& body) {
 
 }  // namespace
 
-PlanTensors plan(
-    const at::Tensor& topkIds,
-    int64_t numExperts,
-    std::string groupName,
-    int64_t align,
-    int64_t maxReceiveTokens,
-    at::IntArrayRef reductionMap) {
+PlanTensors plan(const PlanInputs& inputs) {
   return run([&] {
-    return staged::plan(
-        topkIds, numExperts, groupName, align, maxReceiveTokens, reductionMap);
+    std::optional<PlanTensors> made = planOnDevices(inputs);
+    return made.has_value() ? *std::move(made) : staged::plan(inputs);
   });
 }
 
@@ -46,119 +41,21 @@ PlanTensors planPart(
   return run([&] { return staged::planPart(route, offsets, part, numParts); });
 }
 
-DispatchStarted dispatchAsync(
-    const std::vector<at::Tensor>& xs,
-    const std::optional<at::Tensor>& topkWeights,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName,
-    bool packed) {
+DispatchStarted startDispatch(const DispatchInputs& inputs) {
   return run([&] {
-    const auto exchange = findDeviceExchange(groupName, xs[0].device(), route);
-    return exchange == nullptr
-               ? staged::dispatchAsync(
-                     xs, topkWeights, route, receiveIndex, groupName, packed)
-               : startDispatch(
-                     *exchange, xs, topkWeights, route, receiveIndex, packed);
+    const auto exchange = findDeviceExchange(
+        inputs.groupName, inputs.xs[0].device(), inputs.route);
+    return exchange == nullptr ? staged::startDispatch(inputs)
+                               : automoe::startDispatch(*exchange, inputs);
   });
 }
 
-DispatchTensors dispatch(
-    at::TensorList xs,
-    const std::optional<at::Tensor>& topkWeights,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    std::string groupName,
-    bool packed) {
+CombineStarted startCombine(const CombineInputs& inputs) {
   return run([&] {
-    if (xs.empty()) {
-      // Refused there, on every rank.
-      return automoe::dispatch(
-          xs, topkWeights, route, receiveIndex, groupName, packed);
-    }
-    const auto exchange = findDeviceExchange(groupName, xs[0].device(), route);
-    if (exchange == nullptr) {
-      return staged::dispatch(
-          xs, topkWeights, route, receiveIndex, groupName, packed);
-    }
-    auto [work, received, receivedWeights] =
-        startDispatch(*exchange, xs, topkWeights, route, receiveIndex, packed);
-    work->wait();
-    return DispatchTensors(std::move(received), std::move(receivedWeights));
-  });
-}
-
-CombineStarted combineAsync(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& scalars,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName,
-    int64_t numTokens,
-    int64_t topK,
-    bool packed) {
-  return run([&] {
-    const auto exchange = findDeviceExchange(groupName, rows.device(), route);
-    return exchange == nullptr ? staged::combineAsync(
-                                     rows,
-                                     weights,
-                                     scalars,
-                                     route,
-                                     receiveIndex,
-                                     groupName,
-                                     numTokens,
-                                     topK,
-                                     packed)
-                               : startCombine(
-                                     *exchange,
-                                     rows,
-                                     weights,
-                                     scalars,
-                                     route,
-                                     receiveIndex,
-                                     numTokens,
-                                     topK,
-                                     packed);
-  });
-}
-
-CombineTensors combine(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& scalars,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    std::string groupName,
-    int64_t numTokens,
-    int64_t topK,
-    bool packed) {
-  return run([&] {
-    const auto exchange = findDeviceExchange(groupName, rows.device(), route);
-    if (exchange == nullptr) {
-      return staged::combine(
-          rows,
-          weights,
-          scalars,
-          route,
-          receiveIndex,
-          groupName,
-          numTokens,
-          topK,
-          packed);
-    }
-    auto [work, out, scalarsOut] = startCombine(
-        *exchange,
-        rows,
-        weights,
-        scalars,
-        route,
-        receiveIndex,
-        numTokens,
-        topK,
-        packed);
-    work->wait();
-    return CombineTensors(std::move(out), std::move(scalarsOut));
+    const auto exchange = findDeviceExchange(
+        inputs.groupName, inputs.rows.device(), inputs.route);
+    return exchange == nullptr ? staged::startCombine(inputs)
+                               : automoe::startCombine(*exchange, inputs);
   });
 }
 

@@ -10,23 +10,30 @@
 namespace automoe {
 namespace {
 
-/// Plans are made on the host, so that is left to the group's other exchange.
+/// For calls on one route. Plans are made on the host, so that is left to the
+/// group's other exchange.
 class DeviceRowExchange final : public RowExchange {
  public:
   DeviceRowExchange(
       RegisteredGroup group,
       std::shared_ptr<DeviceGroup> devices,
       c10::Device device,
-      std::unique_ptr<RowExchange> onHost)
+      std::unique_ptr<RowExchange> onHost,
+      std::shared_ptr<const KnownRoute> route)
       : group_(std::move(group)),
         devices_(std::move(devices)),
         device_(device),
-        onHost_(std::move(onHost)) {}
+        onHost_(std::move(onHost)),
+        route_(std::move(route)) {}
 
   const Topology& topology() const override { return onHost_->topology(); }
   c10::Device device() const override { return device_; }
   void checkRoute(const Route& route) const override {
     onHost_->checkRoute(route);
+  }
+  RouteFacts takeRoute(const at::Tensor& words) override {
+    lists_ = devices_->listsOf(*route_, words);
+    return route_->facts;
   }
   void plan(const std::shared_ptr<RouteBuilder>& builder, CallTensors tensors)
       override {
@@ -39,37 +46,34 @@ class DeviceRowExchange final : public RowExchange {
   WorkPointer dispatch(
       DispatchArguments arguments, CallTensors tensors) override {
     return post(
-        std::move(tensors),
-        [&](auto lists, const Route& route, DeviceExchange::Terms terms) {
+        std::move(tensors), [&](auto lists, DeviceExchange::Terms terms) {
           return devices_->exchange()->dispatch(
-              std::move(lists), route, arguments, std::move(terms));
+              std::move(lists), arguments, std::move(terms));
         });
   }
   WorkPointer combine(
       CombineArguments arguments, CallTensors tensors) override {
     return post(
-        std::move(tensors),
-        [&](auto lists, const Route& route, DeviceExchange::Terms terms) {
+        std::move(tensors), [&](auto lists, DeviceExchange::Terms terms) {
           return devices_->exchange()->combine(
-              std::move(lists), route, arguments, std::move(terms));
+              std::move(lists), arguments, std::move(terms));
         });
   }
 
  private:
   template <typename Post>
   WorkPointer post(CallTensors call, const Post& post) {
-    // The words of the route are the first input.
-    const at::Tensor words = call.inputs.front();
-    std::vector<at::Tensor> kept = std::move(call.inputs);
-    kept.insert(kept.end(), call.outputs.begin(), call.outputs.end());
-    auto lists = devices_->listsOf(words);
-    const CurrentStreamEvent after(device_);
+    std::vector<at::Tensor> tensors = std::move(call.inputs);
+    tensors.insert(tensors.end(), call.outputs.begin(), call.outputs.end());
+    auto kept = std::make_shared<KeptTensors>(std::move(tensors));
+    const CurrentStreamEvent after = inputsReady(*group_.group, device_);
     DeviceExchange::Terms terms;
     terms.after = after.get();
     terms.timeout = group_.options->timeout;
     terms.callbacks = keepingTensors(kept);
-    DeviceExchange::Call posted =
-        post(std::move(lists), Route(int32sOf(words)), std::move(terms));
+    terms.maxBlocks = group_.options->maxCtas.value_or(0);
+    terms.wire = group_.options->fp8Wire ? DeviceWire::kFp8 : DeviceWire::kAsIs;
+    DeviceExchange::Call posted = post(lists_, std::move(terms));
     return c10::make_intrusive<WorkDevice>(
         topology().rank(),
         device_,
@@ -83,6 +87,8 @@ class DeviceRowExchange final : public RowExchange {
   const std::shared_ptr<DeviceGroup> devices_;
   const c10::Device device_;
   const std::unique_ptr<RowExchange> onHost_;
+  const std::shared_ptr<const KnownRoute> route_;
+  std::shared_ptr<const DeviceRoute> lists_;
 };
 
 }  // namespace
@@ -94,26 +100,22 @@ std::unique_ptr<RowExchange> findDeviceExchange(
     return nullptr;
   }
   auto onHost = findRowExchange(groupName);
-  const bool sumsPerNode = checked(*onHost, OperationKind::kDispatch, [&] {
-    const at::Tensor words = int32List("dispatch", "route", route);
-    return Route(int32sOf(words)).sumsPerNode();
+  auto known = checked(*onHost, OperationKind::kDispatch, [&] {
+    return KnownRoutes::instance().find(int32List("dispatch", "route", route));
   });
   auto devices = deviceGroupOf(*group, device.index());
-  if (devices->exchange() == nullptr || !sumsPerNode) {
+  if (devices->exchange() == nullptr || !known->facts.sumsPerNode) {
     return nullptr;
   }
   checked(*onHost, OperationKind::kDispatch, [&] {
-    TORCH_CHECK_VALUE(
-        devices->ordinal() == device.index(),
-        "tensors are on ",
-        device,
-        ", expected cuda:",
-        devices->ordinal(),
-        ", which this rank has used in the group before; use one device per "
-        "rank and group");
+    devices->checkOrdinal(device);
   });
   return std::make_unique<DeviceRowExchange>(
-      *std::move(group), std::move(devices), device, std::move(onHost));
+      *std::move(group),
+      std::move(devices),
+      device,
+      std::move(onHost),
+      std::move(known));
 }
 
 }  // namespace automoe

@@ -11,7 +11,8 @@ namespace automoe {
 /// Null where rows on this device are staged through the host: for a device
 /// that is not a CUDA device, a group that is not ours, one whose devices
 /// cannot reach each other, or a route without sums per node. Every rank gets
-/// the same. Collective at the first use of a group.
+/// the same. Else for calls on this route. Collective at the first use of a
+/// group.
 std::unique_ptr<RowExchange> findDeviceExchange(
     const std::string& groupName, c10::Device device, const at::Tensor& route);
 

@@ -78,7 +78,12 @@ StagedWork::StagedWork(
     : Work(-1, c10d::OpType::ALLTOALL_BASE),
       onHost_(std::move(onHost)),
       from_(std::move(from)),
-      to_(std::move(to)) {}
+      to_(std::move(to)) {
+  const c10::Device device = to_.front().device();
+  if (device.is_cuda()) {
+    posted_.emplace(device);
+  }
+}
 
 bool StagedWork::isCompleted() {
   return onHost_->isCompleted();
@@ -104,6 +109,9 @@ bool StagedWork::wait(std::chrono::milliseconds timeout) {
   onHost_->wait(timeout);
   const std::lock_guard lock(mutex_);
   const at::AutoDispatchBelowADInplaceOrView below;
+  if (posted_.has_value() && !from_.empty()) {
+    awaitOnCurrentStream(to_.front().device(), posted_->get());
+  }
   for (size_t i = 0; i < from_.size(); ++i) {
     // Blocking, so that every stream may read it from now on.
     to_[i].copy_(from_[i]);

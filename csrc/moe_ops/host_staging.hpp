@@ -9,6 +9,8 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
+#include "process_group/work_device.hpp"
+
 namespace automoe {
 
 /// Copies of one call, on the current stream of the device; the host's side is
@@ -42,7 +44,7 @@ class HostStaging {
 
 /// A call on tensors of the host whose results belong on a device: they are
 /// copied there by the first wait(), which blocks. Who drops it without has no
-/// results.
+/// results. Made on the stream that `to` belongs to.
 class StagedWork final : public c10d::Work {
  public:
   StagedWork(
@@ -64,6 +66,8 @@ class StagedWork final : public c10d::Work {
   std::mutex mutex_;
   std::vector<at::Tensor> from_;  // empty once copied
   const std::vector<at::Tensor> to_;
+  /// What used the memory of `to` before comes before it; of CUDA devices.
+  std::optional<CurrentStreamEvent> posted_;
 };
 
 }  // namespace automoe

@@ -12,6 +12,7 @@
 #include "kernels/device_kernels.hpp"
 #include "moe_ops/device_launch.hpp"
 #include "moe_ops/host_staging.hpp"
+#include "moe_ops/local_inputs.hpp"
 #include "moe_ops/route_parts.hpp"
 #include "moe_ops/staged_operators.hpp"
 #include "moe_ops/tensors.hpp"
@@ -36,6 +37,22 @@ void launch(const at::Tensor& on, const Call& call) {
 at::Tensor upload(
     const HostStaging& staging, const std::vector<int32_t>& values) {
   return staging.toDevice(toTensor(values));
+}
+
+/// The terms of sums over these routes, on the device: begins, parts, rows.
+RouteTensors::Tensors uploadTerms(const Routes& routes, c10::Device device) {
+  RouteTensors::Key key{RouteTensors::Kind::kTerms};
+  for (const auto& route : routes) {
+    key.numbers.push_back(route->serial);
+  }
+  return routes.front()->tensors->of(key, device, [&] {
+    const HostStaging staging("reduce_partials", device);
+    const PartialTerms terms = partialTerms(routes);
+    return RouteTensors::Tensors{
+        upload(staging, terms.begins),
+        upload(staging, terms.parts),
+        upload(staging, terms.rows)};
+  });
 }
 
 /// Ids as int32; those that are neither -1 nor an expert become -2.
@@ -81,13 +98,16 @@ bool serve(c10::Device device) {
 }
 
 std::vector<at::Tensor> packRows(const at::Tensor& x, at::TensorList routes) {
-  const Routes taken = takeRoutes("pack_rows", routes);
+  const Routes taken = findRoutes("pack_rows", routes);
   const at::Tensor rows =
-      rowsOf("pack_rows", "x", x, taken.views.front().numTokens(), x.device());
+      rowsOf("pack_rows", "x", x, taken.front()->facts.numTokens, x.device());
   const HostStaging staging("pack_rows", x.device());
   std::vector<at::Tensor> packed;
-  for (const Route& route : taken.views) {
-    const at::Tensor tokens = upload(staging, sendTokens(route));
+  for (const auto& route : taken) {
+    const at::Tensor tokens =
+        route->tensors->of({RouteTensors::Kind::kSendTokens}, x.device(), [&] {
+          return RouteTensors::Tensors{upload(staging, route->sendTokens)};
+        })[0];
     packed.push_back(emptyRows(rows, tokens.numel()));
     kernels::GatherRows call{
         .to = mutableBytesOf(packed.back()),
@@ -102,22 +122,18 @@ std::vector<at::Tensor> packRows(const at::Tensor& x, at::TensorList routes) {
 
 at::Tensor reducePartials(
     at::TensorList partials, at::TensorList routes, int64_t numTokens) {
-  const Routes taken = takeRoutes("reduce_partials", routes);
+  const Routes taken = findRoutes("reduce_partials", routes);
   const std::vector<at::Tensor> rows = takePartials(taken, partials, numTokens);
-  const HostStaging staging("reduce_partials", rows[0].device());
-  const PartialTerms terms = partialTerms(taken.views);
-  const at::Tensor begins = upload(staging, terms.begins);
-  const at::Tensor parts = upload(staging, terms.parts);
-  const at::Tensor index = upload(staging, terms.rows);
+  const RouteTensors::Tensors lists = uploadTerms(taken, rows[0].device());
   at::Tensor out = emptyRows(rows[0], numTokens);
   kernels::ReduceRows call{
       .dtype = dtypeOf("reduce_partials", "partials", rows[0]),
       .to = mutableBytesOf(out),
       .count = static_cast<size_t>(numTokens),
       .elements = rowElements(out),
-      .termBegin = wordsOf(begins),
-      .base = wordsOf(parts),
-      .index = wordsOf(index)};
+      .termBegin = wordsOf(lists[0]),
+      .base = wordsOf(lists[1]),
+      .index = wordsOf(lists[2])};
   for (size_t i = 0; i < rows.size(); ++i) {
     call.rows.at[i] = bytesOf(rows[i]);
   }
@@ -130,37 +146,21 @@ std::tuple<at::Tensor, at::Tensor> scaleAndDot(
     const at::Tensor& values,
     const std::optional<at::Tensor>& weights,
     const at::Tensor& index) {
-  constexpr const char* kCall = "scale_and_dot";
-  const c10::Device device = grads.device();
-  const at::Tensor rows = rowsOf(kCall, "grads", grads, -1, device);
-  const kernels::DType dtype = dtypeOf(kCall, "grads", rows);
-  const at::Tensor others =
-      floats(kCall, "values", values, rows.sizes(), device);
-  TORCH_CHECK_VALUE(
-      others.scalar_type() == rows.scalar_type(),
-      "scale_and_dot: values is ",
-      others.scalar_type(),
-      ", expected the dtype of grads, ",
-      rows.scalar_type());
-  const int64_t count = rows.size(0);
-  const at::Tensor factors =
-      sumValues(kCall, "weights", weights, dtype, count, device);
-  const at::Tensor slots = int32List(kCall, "index", index, count, device);
-  at::Tensor scaled = emptyRows(rows, count);
-  at::Tensor dots = emptyList(count, sumTypeOf(dtype), device);
+  const ScaleAndDotInputs taken =
+      takeScaleAndDot(grads, values, weights, index);
   launch(
-      rows,
+      taken.grads,
       kernels::ScaleAndDot{
-          .dtype = dtype,
-          .scaled = mutableBytesOf(scaled),
-          .dots = mutableBytesOf(dots),
-          .grads = bytesOf(rows),
-          .values = bytesOf(others),
-          .weights = bytesOf(factors),
-          .index = wordsOf(slots),
-          .count = static_cast<size_t>(count),
-          .elements = rowElements(rows)});
-  return {scaled, dots};
+          .dtype = taken.dtype,
+          .scaled = mutableBytesOf(taken.scaled),
+          .dots = mutableBytesOf(taken.dots),
+          .grads = bytesOf(taken.grads),
+          .values = bytesOf(taken.values),
+          .weights = bytesOf(taken.weights),
+          .index = wordsOf(taken.index),
+          .count = static_cast<size_t>(taken.count),
+          .elements = rowElements(taken.grads)});
+  return {taken.scaled, taken.dots};
 }
 
 PlanTensors permute(
@@ -218,17 +218,11 @@ at::Tensor unpermute(
     const at::Tensor& index,
     int64_t numTokens,
     int64_t topK) {
-  constexpr const char* kCall = "unpermute";
-  checkTokens(numTokens, topK);
-  const c10::Device device = rows.device();
-  const at::Tensor places = int32List(kCall, "index", index, -1, device);
-  const at::Tensor terms = rowsOf(kCall, "rows", rows, places.numel(), device);
-  const kernels::DType dtype = dtypeOf(kCall, "rows", terms);
-  const at::Tensor factors =
-      sumValues(kCall, "weights", weights, dtype, places.numel(), device);
-  // The rows of each token, ascending; those of padding come after all tokens.
-  const at::Tensor tokens =
-      places.div(topK, "floor").masked_fill_(places.lt(0), numTokens);
+  const UnpermuteInputs taken =
+      takeUnpermute(rows, weights, index, numTokens, topK);
+  // The rows of each token, ascending; those of padding come before all tokens,
+  // as their token is -1, and what is out of range after them.
+  const at::Tensor tokens = taken.index.div(topK, "floor");
   const auto [sorted, order] =
       tokens.sort(/*stable=*/std::optional(true), /*dim=*/0);
   const at::Tensor order32 = order.to(at::kInt);
@@ -236,19 +230,18 @@ at::Tensor unpermute(
       sorted,
       at::arange(numTokens + 1, tokens.options()),
       /*out_int32=*/true);
-  at::Tensor out = emptyRows(terms, numTokens);
   kernels::ReduceRows call{
-      .dtype = dtype,
-      .to = mutableBytesOf(out),
+      .dtype = taken.dtype,
+      .to = mutableBytesOf(taken.out),
       .count = static_cast<size_t>(numTokens),
-      .elements = rowElements(out),
+      .elements = rowElements(taken.out),
       .termBegin = wordsOf(begins),
       .index = wordsOf(order32),
-      .weighted = factors.defined()};
-  call.rows.at[0] = bytesOf(terms);
-  call.weights.at[0] = bytesOf(factors);
-  launch(out, call);
-  return out;
+      .weighted = taken.weights.defined()};
+  call.rows.at[0] = bytesOf(taken.rows);
+  call.weights.at[0] = bytesOf(taken.weights);
+  launch(taken.out, call);
+  return taken.out;
 }
 
 }  // namespace automoe::by_kernels

@@ -38,7 +38,8 @@ TORCH_LIBRARY(automoe, m) {
   // Not collective. int64 (16,): fingerprint (its bits), T, total tokens of
   // all ranks, K, E, align, R, dropped entries of this rank, S, land rows,
   // rank, P, nodes, own node, 1 if a node sends one sum per token (what a
-  // packed combine needs), 0.
+  // packed combine needs), 0. Of a plan that a device has made with a bound,
+  // dropped entries are -1, and rows are those that there may be.
   m.def("route_facts(Tensor route) -> Tensor", tags);
   // Not collective. int32 (P,): the node of each rank in the order of sums.
   m.def("route_reduction_map(Tensor route) -> Tensor", tags);
@@ -117,10 +118,10 @@ namespace {
 
 void addDeviceOperators(torch::Library& m) {
   namespace on = automoe::on_device;
-  m.impl("plan", &on::plan);
+  m.impl("plan", &automoe::plan);
   m.impl("plan_part", &on::planPart);
-  m.impl("dispatch", &on::dispatch);
-  m.impl("combine", &on::combine);
+  m.impl("dispatch", &automoe::dispatch);
+  m.impl("combine", &automoe::combine);
   m.impl("pack_rows", &on::packRows);
   m.impl("reduce_partials", &on::reducePartials);
   m.impl("scale_and_dot", &on::scaleAndDot);

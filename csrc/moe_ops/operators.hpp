@@ -22,7 +22,8 @@ using DispatchStarted =
     std::tuple<WorkPointer, std::vector<at::Tensor>, at::Tensor>;
 using CombineStarted = std::tuple<WorkPointer, at::Tensor, at::Tensor>;
 
-// Collective; block up to the group's timeout, without the GIL.
+// Collective, on tensors of any device; block up to the group's timeout,
+// without the GIL.
 
 PlanTensors plan(
     const at::Tensor& topkIds,
@@ -49,9 +50,9 @@ CombineTensors combine(
     int64_t topK,
     bool packed);
 
-// The same without blocking, for Python, for tensors on any device: the outputs
-// may be read once the Work has ended well; on a device, by what its wait() has
-// ordered. A group that is not ours has ended it at the return.
+// The same without blocking, for Python: the outputs may be read once the Work
+// has ended well; on a device, by what its wait() has ordered. A group that is
+// not ours has ended it at the return.
 
 DispatchStarted dispatchAsync(
     const std::vector<at::Tensor>& xs,
@@ -71,7 +72,7 @@ CombineStarted combineAsync(
     int64_t topK,
     bool packed);
 
-// Of this rank alone.
+// Of this rank alone, on the CPU.
 
 PlanTensors planPart(
     const at::Tensor& route,

@@ -6,6 +6,7 @@
 
 #include "kernels/reduce.hpp"
 #include "kernels/rows.hpp"
+#include "moe_ops/local_inputs.hpp"
 #include "moe_ops/operators.hpp"
 #include "moe_ops/tensors.hpp"
 
@@ -112,42 +113,32 @@ std::tuple<at::Tensor, at::Tensor> scaleAndDot(
     const at::Tensor& values,
     const std::optional<at::Tensor>& weights,
     const at::Tensor& index) {
-  constexpr const char* kCall = "scale_and_dot";
-  const at::Tensor rows = rowsOf(kCall, "grads", grads);
-  const kernels::DType dtype = dtypeOf(kCall, "grads", rows);
-  const at::Tensor others = floats(kCall, "values", values, rows.sizes());
-  TORCH_CHECK_VALUE(
-      others.scalar_type() == rows.scalar_type(),
-      "scale_and_dot: values is ",
-      others.scalar_type(),
-      ", expected the dtype of grads, ",
-      rows.scalar_type());
-  const int64_t count = rows.size(0);
-  const at::Tensor factors = sumValues(kCall, "weights", weights, dtype, count);
-  const at::Tensor slots = int32List(kCall, "index", index, count);
-  at::Tensor scaled = emptyRows(rows, count);
-  at::Tensor dots = emptyList(count, sumTypeOf(dtype));
+  const ScaleAndDotInputs taken =
+      takeScaleAndDot(grads, values, weights, index);
+  const at::Tensor& rows = taken.grads;
+  std::byte* scaled = mutableBytesOf(taken.scaled);
+  std::byte* dots = mutableBytesOf(taken.dots);
   if (rows.numel() > 0) {
-    std::memcpy(mutableBytesOf(scaled), bytesOf(rows), rows.nbytes());
+    std::memcpy(scaled, bytesOf(rows), rows.nbytes());
   }
   kernels::scaleAndDotRows(
-      dtype,
-      mutableBytesOf(scaled),
-      bytesOf(others),
-      bytesOf(factors),
-      mutableBytesOf(dots),
-      static_cast<size_t>(count),
+      taken.dtype,
+      scaled,
+      bytesOf(taken.values),
+      bytesOf(taken.weights),
+      dots,
+      static_cast<size_t>(taken.count),
       rowElements(rows));
-  const auto places = int32sOf(slots);
-  const size_t dotBytes = kernels::sumBytes(dtype);
+  const auto places = int32sOf(taken.index);
+  const size_t dotBytes = kernels::sumBytes(taken.dtype);
+  const uint64_t bytes = rowBytes(rows);
   for (size_t row = 0; row < places.size(); ++row) {
     if (places[row] < 0) {
-      const uint64_t bytes = rowBytes(rows);
-      std::memset(mutableBytesOf(scaled) + row * bytes, 0, bytes);
-      std::memset(mutableBytesOf(dots) + row * dotBytes, 0, dotBytes);
+      std::memset(scaled + row * bytes, 0, bytes);
+      std::memset(dots + row * dotBytes, 0, dotBytes);
     }
   }
-  return {scaled, dots};
+  return {taken.scaled, taken.dots};
 }
 
 PlanTensors permute(
@@ -179,15 +170,10 @@ at::Tensor unpermute(
     const at::Tensor& index,
     int64_t numTokens,
     int64_t topK) {
-  constexpr const char* kCall = "unpermute";
-  checkTokens(numTokens, topK);
-  const at::Tensor places = int32List(kCall, "index", index);
-  const at::Tensor terms = rowsOf(kCall, "rows", rows, places.numel());
-  const kernels::DType dtype = dtypeOf(kCall, "rows", terms);
-  const at::Tensor factors =
-      sumValues(kCall, "weights", weights, dtype, places.numel());
+  const UnpermuteInputs taken =
+      takeUnpermute(rows, weights, index, numTokens, topK);
+  const auto& [dtype, terms, factors, places, out] = taken;
   const TokenRows sorted = rowsByToken(int32sOf(places), numTokens, topK);
-  at::Tensor out = emptyRows(terms, numTokens);
   const uint64_t bytes = rowBytes(terms);
   const size_t factorBytes = kernels::sumBytes(dtype);
   std::vector<const std::byte*> of;

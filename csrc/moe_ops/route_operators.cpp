@@ -39,23 +39,34 @@ PlanTensors planPart(
 at::Tensor routeFacts(const at::Tensor& route) {
   const at::Tensor words = int32List("route_facts", "route", route);
   return withTorchErrors([&] {
-    const Route view(int32sOf(words));
+    const auto span = int32sOf(words);
+    int64_t node = 0;
+    bool sumsPerNode = true;
+    if (isRouteOnDevice(span)) {
+      const auto known = KnownRoutes::instance().find(words);
+      node = known->nodeOfRank[static_cast<size_t>(known->facts.rank)];
+    } else {
+      const Route view(span);
+      node = view.node();
+      sumsPerNode = view.sumsPerNode();
+    }
+    const RouteHeader header = readRouteHeader(span);
     const int64_t facts[] = {
-        static_cast<int64_t>(view.fingerprint()),
-        view.numTokens(),
-        view.totalTokens(),
-        view.topK(),
-        view.numExperts(),
-        view.align(),
-        view.numReceiveRows(),
-        view.numDropped(),
-        static_cast<int64_t>(view.numSendRows()),
-        static_cast<int64_t>(view.numLandRows()),
-        view.rank(),
-        view.size(),
-        view.numNodes(),
-        view.node(),
-        view.sumsPerNode() ? 1 : 0,
+        static_cast<int64_t>(header.fingerprint),
+        header.numTokens,
+        header.totalTokens,
+        header.topK,
+        header.numExperts,
+        header.align,
+        header.numReceiveRows,
+        header.numDropped,
+        header.numSendRows,
+        header.numLandRows,
+        header.rank,
+        header.size,
+        header.numNodes,
+        node,
+        sumsPerNode ? 1 : 0,
         0};
     at::Tensor tensor = emptyList(std::ssize(facts), at::kLong);
     std::memcpy(mutableBytesOf(tensor), facts, sizeof(facts));
@@ -65,21 +76,27 @@ at::Tensor routeFacts(const at::Tensor& route) {
 
 at::Tensor routeReductionMap(const at::Tensor& route) {
   const at::Tensor words = int32List("route_reduction_map", "route", route);
-  return withTorchErrors(
-      [&] { return toTensor(Route(int32sOf(words)).reductionMap()); });
+  return withTorchErrors([&] {
+    const auto span = int32sOf(words);
+    return isRouteOnDevice(span)
+               ? toTensor(KnownRoutes::instance().find(words)->nodeOfRank)
+               : toTensor(Route(span).reductionMap());
+  });
 }
 
 std::vector<at::Tensor> packRows(const at::Tensor& x, at::TensorList routes) {
   return withTorchErrors([&] {
-    const Routes taken = takeRoutes("pack_rows", routes);
+    const Routes taken = readRoutes("pack_rows", routes);
     const at::Tensor rows =
-        rowsOf("pack_rows", "x", x, taken.views.front().numTokens());
+        rowsOf("pack_rows", "x", x, taken.front()->facts.numTokens);
     std::vector<at::Tensor> packed;
-    for (const Route& route : taken.views) {
-      const std::vector<int32_t> tokens = sendTokens(route);
-      packed.push_back(emptyRows(rows, std::ssize(tokens)));
+    for (const auto& route : taken) {
+      packed.push_back(emptyRows(rows, route->facts.numSendRows));
       kernels::gatherRows(
-          mutableBytesOf(packed.back()), bytesOf(rows), tokens, rowBytes(rows));
+          mutableBytesOf(packed.back()),
+          bytesOf(rows),
+          route->sendTokens,
+          rowBytes(rows));
     }
     return packed;
   });
@@ -89,12 +106,12 @@ at::Tensor reducePartials(
     at::TensorList partials, at::TensorList routes, int64_t numTokens) {
   constexpr const char* kCall = "reduce_partials";
   return withTorchErrors([&] {
-    const Routes taken = takeRoutes(kCall, routes);
+    const Routes taken = readRoutes(kCall, routes);
     const std::vector<at::Tensor> rows =
         takePartials(taken, partials, numTokens);
     const kernels::DType dtype = dtypeOf(kCall, "partials", rows[0]);
     const auto count = static_cast<size_t>(numTokens);
-    const PartialTerms terms = partialTerms(taken.views);
+    const PartialTerms terms = partialTerms(taken);
     at::Tensor out = emptyRows(rows[0], numTokens);
     std::vector<const std::byte*> of;
     for (size_t token = 0; token < count; ++token) {

@@ -1,72 +1,84 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "moe_ops/route_parts.hpp"
 
-#include <algorithm>
-
+#include "moe_ops/device_plans.hpp"
 #include "moe_ops/tensors.hpp"
 
 namespace automoe {
 
-Routes takeRoutes(const char* call, at::TensorList routes) {
+namespace {
+
+std::shared_ptr<const KnownRoute> readKnown(const at::Tensor& words) {
+  const at::Tensor all = routeWords(words);
+  return std::make_shared<KnownRoute>(readRoute(int32sOf(all)));
+}
+
+template <typename Take>
+Routes takeRoutes(const char* call, at::TensorList routes, const Take& take) {
   TORCH_CHECK_VALUE(
       !routes.empty(), call, ": routes is empty, expected at least one");
   Routes taken;
   for (const at::Tensor& route : routes) {
-    taken.words.push_back(int32List(call, "routes", route));
-    taken.views.emplace_back(int32sOf(taken.words.back()));
-    const Route& first = taken.views.front();
-    const Route& last = taken.views.back();
+    taken.push_back(take(int32List(call, "routes", route)));
+    const RouteFacts& first = taken.front()->facts;
+    const RouteFacts& last = taken.back()->facts;
     TORCH_CHECK_VALUE(
-        last.numTokens() == first.numTokens() &&
-            std::ranges::equal(last.nodeOfRank(), first.nodeOfRank()),
+        last.numTokens == first.numTokens &&
+            taken.back()->nodeOfRank == taken.front()->nodeOfRank,
         call,
         ": routes[",
-        taken.views.size() - 1,
+        taken.size() - 1,
         "] has ",
-        last.numTokens(),
+        last.numTokens,
         " tokens on rank ",
-        last.rank(),
+        last.rank,
         " of ",
-        last.size(),
+        last.size,
         ", expected a part of the plan of routes[0], which has ",
-        first.numTokens(),
+        first.numTokens,
         " on rank ",
-        first.rank(),
+        first.rank,
         " of ",
-        first.size());
+        first.size);
   }
   return taken;
 }
 
-std::vector<int32_t> sendTokens(const Route& route) {
-  std::vector<int32_t> tokens(route.numSendRows());
-  for (size_t row = 0; row < tokens.size(); ++row) {
-    tokens[row] = route.sendToken(row);
-  }
-  return tokens;
+}  // namespace
+
+Routes readRoutes(const char* call, at::TensorList routes) {
+  return takeRoutes(call, routes, &readKnown);
+}
+
+Routes findRoutes(const char* call, at::TensorList routes) {
+  return takeRoutes(call, routes, [](const at::Tensor& words) {
+    auto known = KnownRoutes::instance().find(words);
+    // What a device has planned has no send rows here.
+    return known->onHost ? readKnown(words) : known;
+  });
 }
 
 std::vector<at::Tensor> takePartials(
     const Routes& routes, at::TensorList partials, int64_t numTokens) {
   constexpr const char* kCall = "reduce_partials";
   TORCH_CHECK_VALUE(
-      partials.size() == routes.views.size(),
+      partials.size() == routes.size(),
       "reduce_partials: got ",
       partials.size(),
       " partials and ",
-      routes.views.size(),
+      routes.size(),
       " routes, expected as many");
   std::vector<at::Tensor> rows;
   for (size_t i = 0; i < partials.size(); ++i) {
-    const Route& route = routes.views[i];
+    const RouteFacts& facts = routes[i]->facts;
     TORCH_CHECK_VALUE(
-        route.numTokens() == numTokens && route.sumsPerNode(),
+        facts.numTokens == numTokens && facts.sumsPerNode,
         "reduce_partials: routes[",
         i,
         "] has ",
-        route.numTokens(),
+        facts.numTokens,
         " tokens and ",
-        route.sumsPerNode() ? "" : "no ",
+        facts.sumsPerNode ? "" : "no ",
         "sums of one node, expected num_tokens, ",
         numTokens,
         ", and sums of one node");
@@ -74,7 +86,7 @@ std::vector<at::Tensor> takePartials(
         kCall,
         "partials",
         partials[i],
-        static_cast<int64_t>(route.numSendRows()),
+        facts.numSendRows,
         partials[0].device()));
     TORCH_CHECK_VALUE(
         rows[i].scalar_type() == rows[0].scalar_type() &&
@@ -93,13 +105,14 @@ std::vector<at::Tensor> takePartials(
   return rows;
 }
 
-PartialTerms partialTerms(const std::vector<Route>& routes) {
-  const auto numTokens = static_cast<size_t>(routes.front().numTokens());
+PartialTerms partialTerms(const Routes& routes) {
+  const auto numTokens = static_cast<size_t>(routes.front()->facts.numTokens);
+  const size_t numNodes = routes.front()->sendBegins.size() - 1;
   PartialTerms terms;
   terms.begins.assign(numTokens + 1, 0);
-  for (const Route& route : routes) {
-    for (size_t row = 0; row < route.numSendRows(); ++row) {
-      terms.begins[static_cast<size_t>(route.sendToken(row)) + 1] += 1;
+  for (const auto& route : routes) {
+    for (const int32_t token : route->sendTokens) {
+      terms.begins[static_cast<size_t>(token) + 1] += 1;
     }
   }
   for (size_t token = 0; token < numTokens; ++token) {
@@ -108,14 +121,15 @@ PartialTerms partialTerms(const std::vector<Route>& routes) {
   terms.parts.resize(static_cast<size_t>(terms.begins.back()));
   terms.rows.resize(terms.parts.size());
   std::vector<int32_t> next(terms.begins.begin(), terms.begins.end() - 1);
-  for (int node = 0; node < routes.front().numNodes(); ++node) {
+  for (size_t node = 0; node < numNodes; ++node) {
     for (size_t i = 0; i < routes.size(); ++i) {
-      const size_t end = routes[i].sendBegin(node + 1);
-      for (size_t row = routes[i].sendBegin(node); row < end; ++row) {
-        int32_t& place = next[static_cast<size_t>(routes[i].sendToken(row))];
-        terms.parts[static_cast<size_t>(place)] = static_cast<int32_t>(i);
-        terms.rows[static_cast<size_t>(place)] = static_cast<int32_t>(row);
-        place += 1;
+      const size_t end = routes[i]->sendBegins[node + 1];
+      for (size_t row = routes[i]->sendBegins[node]; row < end; ++row) {
+        const auto token = static_cast<size_t>(routes[i]->sendTokens[row]);
+        const auto place = static_cast<size_t>(next[token]);
+        terms.parts[place] = static_cast<int32_t>(i);
+        terms.rows[place] = static_cast<int32_t>(row);
+        next[token] += 1;
       }
     }
   }

@@ -6,23 +6,19 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
-#include "process_group/exchange/route.hpp"
+#include "process_group/known_routes.hpp"
 
 namespace automoe {
 
-/// Routes and the words that they look at.
-struct Routes {
-  std::vector<at::Tensor> words;
-  std::vector<Route> views;
-};
+using Routes = std::vector<std::shared_ptr<const KnownRoute>>;
 
-/// Checks that they are parts of one plan. ValueError else.
-Routes takeRoutes(const char* call, at::TensorList routes);
-
-/// The token of each send row.
-std::vector<int32_t> sendTokens(const Route& route);
+/// Reads them anew. ValueError where they are not parts of one plan.
+Routes readRoutes(const char* call, at::TensorList routes);
+/// The same by KnownRoutes, for tensors of a device.
+Routes findRoutes(const char* call, at::TensorList routes);
 
 /// Checks the arguments of reduce_partials; returns dense partials on the
 /// device of the first.
@@ -36,6 +32,6 @@ struct PartialTerms {
   std::vector<int32_t> parts;
   std::vector<int32_t> rows;
 };
-PartialTerms partialTerms(const std::vector<Route>& routes);
+PartialTerms partialTerms(const Routes& routes);
 
 }  // namespace automoe

@@ -1,30 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// dispatch and combine, once it is known what carries their rows.
+// The collective operators, once it is known what carries their rows.
 #pragma once
 
+#include "moe_ops/call_inputs.hpp"
 #include "moe_ops/operators.hpp"
 #include "moe_ops/row_exchange.hpp"
 
 namespace automoe {
 
+/// On tensors of the host; blocks.
+PlanTensors planOnHost(const PlanInputs& inputs);
+
 // Check the arguments and post the call. Throw as the exchange does.
 
 DispatchStarted startDispatch(
-    RowExchange& exchange,
-    at::TensorList xs,
-    const std::optional<at::Tensor>& topkWeights,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    bool packed);
-CombineStarted startCombine(
-    RowExchange& exchange,
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& scalars,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    int64_t numTokens,
-    int64_t topK,
-    bool packed);
+    RowExchange& exchange, const DispatchInputs& inputs);
+CombineStarted startCombine(RowExchange& exchange, const CombineInputs& inputs);
+
+// The same by what the device of the tensors calls for, with torch's errors.
+
+DispatchStarted startDispatch(const DispatchInputs& inputs);
+CombineStarted startCombine(const CombineInputs& inputs);
 
 }  // namespace automoe

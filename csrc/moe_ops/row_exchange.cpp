@@ -98,6 +98,12 @@ c10::intrusive_ptr<c10d::ProcessGroup> resolve(const std::string& groupName) {
 
 }  // namespace
 
+RouteFacts RowExchange::takeRoute(const at::Tensor& words) {
+  const Route route(int32sOf(words));
+  checkRoute(route);
+  return factsOf(route);
+}
+
 std::unique_ptr<RowExchange> findRowExchange(const std::string& groupName) {
   std::optional<RegisteredGroup> group = findGroup(groupName);
   if (group.has_value()) {

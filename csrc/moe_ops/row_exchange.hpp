@@ -15,6 +15,7 @@
 #include "process_group/exchange/record.hpp"
 #include "process_group/exchange/route.hpp"
 #include "process_group/exchange/row_moves.hpp"
+#include "process_group/known_routes.hpp"
 
 namespace automoe {
 
@@ -39,6 +40,9 @@ class RowExchange {
   virtual c10::Device device() const { return c10::kCPU; }
   /// Throws InvalidArgument for a route of another group.
   virtual void checkRoute(const Route& route) const = 0;
+  /// The words of a route that a call will be made with: checks them, and that
+  /// the route is of this group. Throws InvalidArgument.
+  virtual RouteFacts takeRoute(const at::Tensor& words);
   /// Blocks up to the group's timeout; then the builder is complete.
   virtual void plan(
       const std::shared_ptr<RouteBuilder>& builder, CallTensors tensors) = 0;

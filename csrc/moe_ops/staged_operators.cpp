@@ -3,9 +3,11 @@
 
 #include <utility>
 
+#include "moe_ops/device_plans.hpp"
 #include "moe_ops/host_staging.hpp"
-#include "moe_ops/recent_plans.hpp"
+#include "moe_ops/row_calls.hpp"
 #include "moe_ops/tensors.hpp"
+#include "process_group/known_routes.hpp"
 
 namespace automoe::staged {
 namespace {
@@ -19,61 +21,6 @@ auto tellingOthers(const std::string& groupName, const Make& make) {
     refuse(groupName, error.what_without_backtrace());
     throw;
   }
-}
-
-/// The arguments of a call on the host.
-struct HostDispatch {
-  HostStaging staging;
-  std::vector<at::Tensor> xs;
-  std::optional<at::Tensor> weights;
-  at::Tensor receiveIndex;
-};
-
-HostDispatch copyDispatch(
-    at::TensorList xs,
-    const std::optional<at::Tensor>& topkWeights,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName) {
-  return tellingOthers(groupName, [&] {
-    HostStaging staging("dispatch", xs[0].device());
-    std::vector<at::Tensor> hostXs = staging.toHost("x", xs);
-    std::optional<at::Tensor> weights =
-        staging.toHost("topk_weights", topkWeights);
-    at::Tensor index = staging.toHost("receive_index", receiveIndex);
-    staging.await();
-    return HostDispatch{
-        staging, std::move(hostXs), std::move(weights), std::move(index)};
-  });
-}
-
-struct HostCombine {
-  HostStaging staging;
-  at::Tensor rows;
-  std::optional<at::Tensor> weights;
-  std::optional<at::Tensor> scalars;
-  at::Tensor receiveIndex;
-};
-
-HostCombine copyCombine(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& scalars,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName) {
-  return tellingOthers(groupName, [&] {
-    HostStaging staging("combine", rows.device());
-    at::Tensor hostRows = staging.toHost("rows", rows);
-    std::optional<at::Tensor> hostWeights = staging.toHost("weights", weights);
-    std::optional<at::Tensor> hostScalars = staging.toHost("scalars", scalars);
-    at::Tensor index = staging.toHost("receive_index", receiveIndex);
-    staging.await();
-    return HostCombine{
-        staging,
-        std::move(hostRows),
-        std::move(hostWeights),
-        std::move(hostScalars),
-        std::move(index)};
-  });
 }
 
 /// All but the route go to the device.
@@ -95,25 +42,25 @@ std::vector<at::Tensor> allToDevice(
   return tensors;
 }
 
+/// So that a part of this plan needs no copy from the device.
+void remember(const at::Tensor& words, const at::Tensor& offsets) {
+  KnownRoute route = readRoute(int32sOf(words));
+  route.offsets = offsets;
+  KnownRoutes::instance().add(words, std::move(route));
+}
+
 }  // namespace
 
-PlanTensors plan(
-    const at::Tensor& topkIds,
-    int64_t numExperts,
-    const std::string& groupName,
-    int64_t align,
-    int64_t maxReceiveTokens,
-    at::IntArrayRef reductionMap) {
-  HostStaging staging("plan", topkIds.device());
-  const at::Tensor ids = tellingOthers(groupName, [&] {
-    at::Tensor host = staging.toHost("topk_ids", topkIds);
+PlanTensors plan(const PlanInputs& inputs) {
+  HostStaging staging("plan", inputs.topkIds.device());
+  PlanInputs host = inputs;
+  tellingOthers(inputs.groupName, [&] {
+    host.topkIds = staging.toHost("topk_ids", inputs.topkIds);
     staging.await();
-    return host;
   });
-  const PlanTensors host = automoe::plan(
-      ids, numExperts, groupName, align, maxReceiveTokens, reductionMap);
-  RecentPlans::instance().add(std::get<0>(host), std::get<3>(host));
-  return planOnDevice(staging, host);
+  const PlanTensors made = planOnHost(host);
+  remember(std::get<0>(made), std::get<3>(made));
+  return planOnDevice(staging, made);
 }
 
 PlanTensors planPart(
@@ -121,73 +68,43 @@ PlanTensors planPart(
     const at::Tensor& offsets,
     int64_t part,
     int64_t numParts) {
-  HostStaging staging("plan_part", offsets.device());
+  const c10::Device device = offsets.device();
   const at::Tensor words = int32List("plan_part", "route", route);
-  at::Tensor ends = RecentPlans::instance().offsetsOf(words);
-  if (!ends.defined()) {
-    ends = staging.toHost("offsets", offsets);
+  const auto known = KnownRoutes::instance().find(words);
+  const RouteTensors::Key key{
+      RouteTensors::Kind::kPart,
+      {static_cast<uint64_t>(part), static_cast<uint64_t>(numParts)}};
+  const RouteTensors::Tensors tensors = known->tensors->of(key, device, [&] {
+    HostStaging staging("plan_part", device);
+    KnownRoute::OnHost whole{words, known->offsets};
+    if (known->onHost) {
+      whole = known->onHost();
+    } else if (!whole.offsets.defined()) {
+      whole.offsets = staging.toHost("offsets", offsets);
+      staging.await();
+    }
+    auto [list, index, counts, ends] = planOnDevice(
+        staging, automoe::planPart(whole.words, whole.offsets, part, numParts));
+    return RouteTensors::Tensors{list, index, counts, ends};
+  });
+  return {tensors[0], tensors[1], tensors[2], tensors[3]};
+}
+
+DispatchStarted startDispatch(const DispatchInputs& inputs) {
+  HostStaging staging("dispatch", inputs.xs[0].device());
+  DispatchInputs host = inputs;
+  tellingOthers(inputs.groupName, [&] {
+    host.xs = staging.toHost("x", inputs.xs);
+    host.topkWeights = staging.toHost("topk_weights", inputs.topkWeights);
+    host.receiveIndex = staging.toHost("receive_index", inputs.receiveIndex);
     staging.await();
-  }
-  return planOnDevice(staging, automoe::planPart(words, ends, part, numParts));
-}
-
-DispatchTensors dispatch(
-    at::TensorList xs,
-    const std::optional<at::Tensor>& topkWeights,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName,
-    bool packed) {
-  const HostDispatch host =
-      copyDispatch(xs, topkWeights, receiveIndex, groupName);
-  const auto [received, receivedWeights] = automoe::dispatch(
-      host.xs, host.weights, route, host.receiveIndex, groupName, packed);
-  return {
-      allToDevice(host.staging, received),
-      host.staging.toDevice(receivedWeights)};
-}
-
-CombineTensors combine(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& scalars,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName,
-    int64_t numTokens,
-    int64_t topK,
-    bool packed) {
-  const HostCombine host =
-      copyCombine(rows, weights, scalars, receiveIndex, groupName);
-  const auto [out, scalarsOut] = automoe::combine(
-      host.rows,
-      host.weights,
-      host.scalars,
-      route,
-      host.receiveIndex,
-      groupName,
-      numTokens,
-      topK,
-      packed);
-  return {host.staging.toDevice(out), host.staging.toDevice(scalarsOut)};
-}
-
-DispatchStarted dispatchAsync(
-    at::TensorList xs,
-    const std::optional<at::Tensor>& topkWeights,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName,
-    bool packed) {
-  const HostDispatch host =
-      copyDispatch(xs, topkWeights, receiveIndex, groupName);
-  auto [work, from, fromWeights] = automoe::dispatchAsync(
-      host.xs, host.weights, route, host.receiveIndex, groupName, packed);
+  });
+  auto [work, from, fromWeights] = automoe::startDispatch(host);
   std::vector<at::Tensor> received;
   for (const at::Tensor& tensor : from) {
-    received.push_back(host.staging.emptyOnDevice(tensor));
+    received.push_back(staging.emptyOnDevice(tensor));
   }
-  at::Tensor receivedWeights = host.staging.emptyOnDevice(fromWeights);
+  at::Tensor receivedWeights = staging.emptyOnDevice(fromWeights);
   std::vector<at::Tensor> to = received;
   from.push_back(std::move(fromWeights));
   to.push_back(receivedWeights);
@@ -198,30 +115,19 @@ DispatchStarted dispatchAsync(
       std::move(receivedWeights)};
 }
 
-CombineStarted combineAsync(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& scalars,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName,
-    int64_t numTokens,
-    int64_t topK,
-    bool packed) {
-  const HostCombine host =
-      copyCombine(rows, weights, scalars, receiveIndex, groupName);
-  auto [work, fromOut, fromScalars] = automoe::combineAsync(
-      host.rows,
-      host.weights,
-      host.scalars,
-      route,
-      host.receiveIndex,
-      groupName,
-      numTokens,
-      topK,
-      packed);
-  at::Tensor out = host.staging.emptyOnDevice(fromOut);
-  at::Tensor scalarsOut = host.staging.emptyOnDevice(fromScalars);
+CombineStarted startCombine(const CombineInputs& inputs) {
+  HostStaging staging("combine", inputs.rows.device());
+  CombineInputs host = inputs;
+  tellingOthers(inputs.groupName, [&] {
+    host.rows = staging.toHost("rows", inputs.rows);
+    host.weights = staging.toHost("weights", inputs.weights);
+    host.scalars = staging.toHost("scalars", inputs.scalars);
+    host.receiveIndex = staging.toHost("receive_index", inputs.receiveIndex);
+    staging.await();
+  });
+  auto [work, fromOut, fromScalars] = automoe::startCombine(host);
+  at::Tensor out = staging.emptyOnDevice(fromOut);
+  at::Tensor scalarsOut = staging.emptyOnDevice(fromScalars);
   return {
       c10::make_intrusive<StagedWork>(
           std::move(work),

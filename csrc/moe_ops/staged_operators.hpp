@@ -3,56 +3,19 @@
 // are copied there, the CPU operator runs, and what it gives is copied back.
 #pragma once
 
+#include "moe_ops/call_inputs.hpp"
 #include "moe_ops/operators.hpp"
 
 namespace automoe::staged {
 
-PlanTensors plan(
-    const at::Tensor& topkIds,
-    int64_t numExperts,
-    const std::string& groupName,
-    int64_t align,
-    int64_t maxReceiveTokens,
-    at::IntArrayRef reductionMap);
+PlanTensors plan(const PlanInputs& inputs);
 PlanTensors planPart(
     const at::Tensor& route,
     const at::Tensor& offsets,
     int64_t part,
     int64_t numParts);
-DispatchTensors dispatch(
-    at::TensorList xs,
-    const std::optional<at::Tensor>& topkWeights,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName,
-    bool packed);
-CombineTensors combine(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& scalars,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName,
-    int64_t numTokens,
-    int64_t topK,
-    bool packed);
-DispatchStarted dispatchAsync(
-    at::TensorList xs,
-    const std::optional<at::Tensor>& topkWeights,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName,
-    bool packed);
-CombineStarted combineAsync(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& scalars,
-    const at::Tensor& route,
-    const at::Tensor& receiveIndex,
-    const std::string& groupName,
-    int64_t numTokens,
-    int64_t topK,
-    bool packed);
+DispatchStarted startDispatch(const DispatchInputs& inputs);
+CombineStarted startCombine(const CombineInputs& inputs);
 std::vector<at::Tensor> packRows(const at::Tensor& x, at::TensorList routes);
 at::Tensor reducePartials(
     at::TensorList partials, at::TensorList routes, int64_t numTokens);

@@ -135,16 +135,6 @@ void checkPermutation(int64_t numExperts, int64_t align) {
       kMost);
 }
 
-void checkTokens(int64_t numTokens, int64_t topK) {
-  TORCH_CHECK_VALUE(
-      numTokens >= 0 && topK >= 1,
-      "unpermute: num_tokens and topk are ",
-      numTokens,
-      " and ",
-      topK,
-      ", expected at least 0 and at least 1");
-}
-
 at::Tensor rowsOf(
     const char* call,
     const char* name,
@@ -184,9 +174,8 @@ at::Tensor floats(
   return values;
 }
 
-kernels::DType dtypeOf(
-    const char* call, const char* name, const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+std::optional<kernels::DType> numberOf(at::ScalarType type) {
+  switch (type) {
     case at::kDouble:
       return kernels::DType::kFloat64;
     case at::kFloat:
@@ -196,15 +185,22 @@ kernels::DType dtypeOf(
     case at::kHalf:
       return kernels::DType::kFloat16;
     default:
-      TORCH_CHECK_VALUE(
-          false,
-          call,
-          ": ",
-          name,
-          " is ",
-          tensor.scalar_type(),
-          ", expected Double, Float, BFloat16 or Half");
+      return std::nullopt;
   }
+}
+
+kernels::DType dtypeOf(
+    const char* call, const char* name, const at::Tensor& tensor) {
+  const std::optional<kernels::DType> number = numberOf(tensor.scalar_type());
+  TORCH_CHECK_VALUE(
+      number.has_value(),
+      call,
+      ": ",
+      name,
+      " is ",
+      tensor.scalar_type(),
+      ", expected Double, Float, BFloat16 or Half");
+  return *number;
 }
 
 at::ScalarType sumTypeOf(kernels::DType dtype) {

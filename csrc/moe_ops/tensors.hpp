@@ -55,9 +55,8 @@ at::Tensor checkedIds(
 /// nothing.
 std::string findIllegalId(
     const char* call, const at::Tensor& ids, int64_t numExperts);
-/// The numbers of permute, and of unpermute.
+/// The numbers of permute.
 void checkPermutation(int64_t numExperts, int64_t align);
-void checkTokens(int64_t numTokens, int64_t topK);
 /// At least one dimension, `count` rows (any number when it is -1).
 at::Tensor rowsOf(
     const char* call,
@@ -73,6 +72,8 @@ at::Tensor floats(
     at::IntArrayRef sizes,
     c10::Device device = c10::kCPU);
 
+/// What kernels compute with; nothing for other types.
+std::optional<kernels::DType> numberOf(at::ScalarType type);
 /// Throws for a type without arithmetic.
 kernels::DType dtypeOf(
     const char* call, const char* name, const at::Tensor& tensor);

@@ -3,7 +3,9 @@
 #include <utility>
 
 #include "process_group/collective_call.hpp"
+#include "process_group/peer_all_to_all.hpp"
 #include "process_group/process_group_automoe.hpp"
+#include "process_group/work_automoe.hpp"
 
 namespace automoe {
 
@@ -127,6 +129,21 @@ WorkPtr ProcessGroupAutoMoe::alltoall_base(
     std::vector<int64_t>& outputSplitSizes,
     std::vector<int64_t>& inputSplitSizes,
     const c10d::AllToAllOptions& options) {
+  if (outputSplitSizes.empty() && inputSplitSizes.empty()) {
+    try {
+      WorkPtr peer = tryPeerAllToAll(
+          {engine_, group_, options_},
+          output,
+          input,
+          orDefault(options.timeout),
+          inner_.get());
+      if (peer != nullptr) {
+        return peer;
+      }
+    } catch (const Error&) {
+      throwForTorch(std::current_exception());
+    }
+  }
   if (auto* device = inner("all_to_all_single", {output, input})) {
     return device->alltoall_base(
         output, input, outputSplitSizes, inputSplitSizes, options);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "process_group/device_groups.hpp"
 
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -107,14 +108,17 @@ std::string faultOf(const Make& make) {
   try {
     make();
     return "";
-  } catch (const Error& error) {
-    return error.what();
+  } catch (const std::exception& error) {
+    // Torch's, too: the others wait to be told.
+    const std::string what = error.what();
+    return what.substr(0, what.find('\n'));
   }
 }
 
 struct Found {
   std::string text;
   std::string obstacle;
+  std::vector<std::optional<ReadRates>> rates;  // of node-mates
 };
 
 /// Collective.
@@ -138,6 +142,7 @@ Found lookAtDevices(const RegisteredGroup& group, int ordinal) {
     found.text += line + "\n";
   }
   found.obstacle = choice.obstacle;
+  found.rates = assumedRatesOfMates(facts, nodes, topology.rank());
   return found;
 }
 
@@ -170,6 +175,14 @@ std::unique_ptr<DeviceNetwork> makeNetwork(
     return nullptr;
   }
   std::memcpy(id.data(), texts[0].data(), id.size());
+  const int maxCtas = group.options->maxCtas.value_or(0);
+  if (maxCtas > 0 && library.version < 21700) {
+    log(LogLevel::kWarn,
+        concat(
+            "max_ctas does not limit NCCL ",
+            ncclVersionText(library.version),
+            " between nodes; NCCL >= 2.17 is needed for that"));
+  }
   std::unique_ptr<DeviceNetwork> network;
   fault = faultOf([&] {
     network = makeCudaNetwork(
@@ -177,7 +190,8 @@ std::unique_ptr<DeviceNetwork> makeNetwork(
         library.functions,
         id,
         {topology.rank(), topology.size()},
-        group.options->timeout);
+        group.options->timeout,
+        maxCtas);
   });
   return network;
 }
@@ -190,6 +204,9 @@ Made makeExchange(const RegisteredGroup& group, int ordinal) {
       throw DeviceError(result.reason);
     }
     made.device = std::move(result.device);
+    // torch's cache may hold what an arena needs.
+    made.device->setMemoryHook(
+        [] { at::getDeviceAllocator(c10::kCUDA)->emptyCache(); });
   });
   // A rank without goes no further with the others, nor they without it.
   made.obstacle = firstFault(gatherTexts(group, std::move(fault)));
@@ -234,13 +251,6 @@ Places& places() {
   return *places;
 }
 
-bool sameWords(const at::Tensor& one, const at::Tensor& other) {
-  return one.is_same(other) ||
-         (one.nbytes() == other.nbytes() &&
-          std::memcmp(
-              one.const_data_ptr(), other.const_data_ptr(), one.nbytes()) == 0);
-}
-
 }  // namespace
 
 DeviceGroup::DeviceGroup(const RegisteredGroup& group, int ordinal)
@@ -251,6 +261,9 @@ DeviceGroup::DeviceGroup(const RegisteredGroup& group, int ordinal)
     Made made = makeExchange(group, ordinal);
     device_ = std::move(made.device);
     exchange_ = std::move(made.exchange);
+    if (exchange_ != nullptr) {
+      exchange_->setReadRates(std::move(found.rates));
+    }
     found.obstacle = std::move(made.obstacle);
   }
   const std::string outcome =
@@ -263,24 +276,50 @@ DeviceGroup::DeviceGroup(const RegisteredGroup& group, int ordinal)
   }
 }
 
+DeviceGroup::~DeviceGroup() {
+  const DeviceExchange* ended = exchange_.get();
+  exchange_.reset();
+  KnownRoutes::instance().forget(ended);
+}
+
+std::string DeviceGroup::text() const {
+  const auto choice = peerChoice();
+  return choice.has_value() ? concat(
+                                  text_,
+                                  "\nall_to_all_single without split sizes, by "
+                                  "bytes of a rank's input: ",
+                                  choice->text())
+                            : text_;
+}
+
+std::optional<PeerChoice> DeviceGroup::peerChoice() const {
+  const std::lock_guard lock(choiceMutex_);
+  return peerChoice_;
+}
+
+void DeviceGroup::setPeerChoice(PeerChoice choice) {
+  const std::lock_guard lock(choiceMutex_);
+  peerChoice_ = std::move(choice);
+}
+
+void DeviceGroup::checkOrdinal(c10::Device device) const {
+  TORCH_CHECK_VALUE(
+      ordinal_ == device.index(),
+      "tensors are on ",
+      device,
+      ", expected cuda:",
+      ordinal_,
+      ", which this rank has used in the group before; use one device per rank "
+      "and group");
+}
+
 std::shared_ptr<const DeviceRoute> DeviceGroup::listsOf(
-    const at::Tensor& words) {
-  const std::span<const int32_t> span(
-      words.const_data_ptr<int32_t>(), static_cast<size_t>(words.numel()));
-  const Route route(span);
-  const std::lock_guard lock(mutex_);
-  const auto known = std::ranges::find_if(routes_, [&](const Known& it) {
-    return it.fingerprint == route.fingerprint() && sameWords(it.words, words);
+    const KnownRoute& route, const at::Tensor& words) {
+  return route.lists->of(exchange_.get(), [&] {
+    const std::span<const int32_t> span(
+        words.const_data_ptr<int32_t>(), static_cast<size_t>(words.numel()));
+    return exchange_->upload(Route(span));
   });
-  if (known != routes_.end()) {
-    std::rotate(routes_.begin(), known, known + 1);
-    return routes_.front().lists;
-  }
-  routes_.push_front({words, route.fingerprint(), exchange_->upload(route)});
-  if (routes_.size() > kMostRoutes) {
-    routes_.pop_back();
-  }
-  return routes_.front().lists;
 }
 
 std::shared_ptr<DeviceGroup> deviceGroupOf(

@@ -4,14 +4,15 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
-#include <vector>
 
 #include "process_group/exchange/device_exchange.hpp"
+#include "process_group/exchange/peer_choice.hpp"
 #include "process_group/group_registry.hpp"
+#include "process_group/known_routes.hpp"
 
 namespace automoe {
 
@@ -24,34 +25,33 @@ class DeviceGroup {
   /// communication fails; that devices cannot reach each other is a reason to
   /// stage, not an error.
   DeviceGroup(const RegisteredGroup& group, int ordinal);
+  ~DeviceGroup();
   DeviceGroup(const DeviceGroup&) = delete;
   DeviceGroup& operator=(const DeviceGroup&) = delete;
 
   int ordinal() const { return ordinal_; }
+  /// Throws ValueError for another device than the group's.
+  void checkOrdinal(c10::Device device) const;
   /// Null where CUDA tensors are staged through the host, on every rank then.
   DeviceExchange* exchange() const { return exchange_.get(); }
   /// The one of the exchange, to be kept beyond it.
   const std::shared_ptr<Device>& device() const { return device_; }
-  /// The lists of a route on the device, copied there once. `words` are those
-  /// of the route. Throws InvalidArgument as DeviceExchange::upload().
-  std::shared_ptr<const DeviceRoute> listsOf(const at::Tensor& words);
+  /// The lists of a route on the device, copied there once. `route` is what
+  /// KnownRoutes finds for `words`. Throws as DeviceExchange::upload().
+  std::shared_ptr<const DeviceRoute> listsOf(
+      const KnownRoute& route, const at::Tensor& words);
   /// What was found on the ranks, what is used, and why.
-  const std::string& text() const { return text_; }
+  std::string text() const;
+  /// How all_to_all_single goes, once that was measured.
+  std::optional<PeerChoice> peerChoice() const;
+  void setPeerChoice(PeerChoice choice);
 
  private:
-  static constexpr size_t kMostRoutes = 64;
-
-  struct Known {
-    at::Tensor words;
-    uint64_t fingerprint;
-    std::shared_ptr<const DeviceRoute> lists;
-  };
-
   const int ordinal_;
   std::string text_;
+  mutable std::mutex choiceMutex_;
+  std::optional<PeerChoice> peerChoice_;
   std::shared_ptr<Device> device_;
-  std::mutex mutex_;
-  std::deque<Known> routes_;  // the latest first
   // The first to end: then no stream uses what is above.
   std::unique_ptr<DeviceExchange> exchange_;
 };

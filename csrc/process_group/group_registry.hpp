@@ -6,10 +6,10 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <torch/csrc/distributed/c10d/Backend.hpp>
 
 #include "process_group/exchange/engine.hpp"
 #include "process_group/exchange/group.hpp"
+#include "process_group/options_automoe.hpp"
 
 namespace automoe {
 
@@ -17,7 +17,7 @@ struct RegisteredGroup {
   std::shared_ptr<Engine> engine;
   std::shared_ptr<Group> group;
   /// Of the backend: they hold its default timeout.
-  c10::intrusive_ptr<c10d::Backend::Options> options;
+  c10::intrusive_ptr<OptionsAutoMoe> options;
 };
 
 /// A later group takes the name over.

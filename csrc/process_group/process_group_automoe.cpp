@@ -294,6 +294,9 @@ c10::intrusive_ptr<c10d::Backend> ProcessGroupAutoMoe::split(
   if (const auto* given = dynamic_cast<OptionsAutoMoe*>(options.get())) {
     own->mergeRows = given->mergeRows;
     own->node = given->node;
+    own->maxCtas = given->maxCtas;
+    own->fp8Wire = given->fp8Wire;
+    own->peerAllToAll = given->peerAllToAll;
   }
   std::string name = group_->name() + "/split";
   if (options != nullptr) {

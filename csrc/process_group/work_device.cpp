@@ -6,9 +6,20 @@
 
 #include <utility>
 
+#include "process_group/device/cuda_device.hpp"
 #include "process_group/work_automoe.hpp"
 
 namespace automoe {
+
+c10::Stream currentStreamOf(c10::Device device) {
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  return guard.getStream(device);
+}
+
+bool isCapturing(c10::Device device) {
+  return device.is_cuda() && isCapturingCuda(static_cast<Device::Stream>(
+                                 currentStreamOf(device).native_handle()));
+}
 
 CurrentStreamEvent::CurrentStreamEvent(c10::Device device) : device_(device) {
   const c10::impl::VirtualGuardImpl guard(device.type());
@@ -24,17 +35,37 @@ CurrentStreamEvent::~CurrentStreamEvent() {
   guard.destroyEvent(event_, device_.index());
 }
 
+CurrentStreamEvent inputsReady(Group& group, c10::Device device) {
+  try {
+    return CurrentStreamEvent(device);
+  } catch (const c10::Error& error) {
+    group.abort(error.what_without_backtrace());
+    throw;
+  }
+}
+
 void awaitOnCurrentStream(c10::Device device, Device::Event event) {
   const c10::impl::VirtualGuardImpl guard(device.type());
   guard.block(event, guard.getStream(device));
 }
 
-OperationCallbacks keepingTensors(std::vector<at::Tensor> tensors) {
-  using Tensors = std::vector<at::Tensor>;
-  auto kept = std::shared_ptr<Tensors>(
-      new Tensors(std::move(tensors)), [](Tensors* all) {
-        CompletionThread::instance().run([all] { delete all; });
-      });
+KeptTensors::~KeptTensors() {
+  if (!tensors_.empty()) {
+    CompletionThread::instance().run(
+        [tensors = std::move(tensors_)]() mutable { tensors.clear(); });
+  }
+}
+
+void KeptTensors::drop() {
+  std::vector<at::Tensor> dropped;
+  {
+    // Not while it is locked: dropping may take the GIL.
+    const std::lock_guard lock(mutex_);
+    dropped = std::exchange(tensors_, {});
+  }
+}
+
+OperationCallbacks keepingTensors(std::shared_ptr<KeptTensors> kept) {
   OperationCallbacks callbacks;
   callbacks.released = [kept = std::move(kept)]() mutable { kept.reset(); };
   return callbacks;
@@ -46,18 +77,19 @@ WorkDevice::WorkDevice(
     std::shared_ptr<Device> onDevice,
     DeviceExchange::Call call,
     std::vector<at::Tensor> outputs,
-    std::vector<at::Tensor> kept)
+    std::shared_ptr<KeptTensors> kept)
     : Work(rank, c10d::OpType::ALLTOALL_BASE),
       device_(device),
       onDevice_(std::move(onDevice)),
       call_(std::move(call)),
       outputs_(std::move(outputs)),
+      posted_(currentStreamOf(device)),
       kept_(std::move(kept)) {}
 
 bool WorkDevice::isCompleted() {
   try {
     return call_.operation->finished() ||
-           onDevice_->happened(call_.done->get());
+           (!call_.captured && onDevice_->happened(call_.done->get()));
   } catch (const DeviceError&) {
     return true;  // the device does nothing any more
   }
@@ -66,8 +98,9 @@ bool WorkDevice::isCompleted() {
 bool WorkDevice::isSuccess() const {
   const Operation& operation = *call_.operation;
   try {
-    return operation.finished() ? operation.error() == nullptr
-                                : onDevice_->happened(call_.done->get());
+    return operation.finished()
+               ? operation.error() == nullptr
+               : !call_.captured && onDevice_->happened(call_.done->get());
   } catch (const DeviceError&) {
     return false;
   }
@@ -99,8 +132,9 @@ bool WorkDevice::wait(std::chrono::milliseconds /*timeout*/) {
     throwForTorch(operation.error());
   }
   awaitOnCurrentStream(device_, call_.done->get());
-  const std::lock_guard lock(mutex_);
-  kept_.clear();
+  if (currentStreamOf(device_) == posted_) {
+    kept_->drop();
+  }
   return true;
 }
 

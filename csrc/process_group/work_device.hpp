@@ -3,18 +3,25 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Stream.h>
 
 #include <memory>
 #include <mutex>
 #include <torch/csrc/distributed/c10d/Work.hpp>
+#include <utility>
 #include <vector>
 
 #include "process_group/exchange/device_exchange.hpp"
 
 namespace automoe {
 
-/// An event on the current stream of a device, by torch's generic interface: so
-/// nothing of torch's CUDA library is linked.
+// By torch's generic interface: so nothing of its CUDA library is linked.
+
+c10::Stream currentStreamOf(c10::Device device);
+/// Whether what is enqueued on that is recorded into a graph.
+bool isCapturing(c10::Device device);
+
+/// An event on the current stream of a device.
 class CurrentStreamEvent {
  public:
   explicit CurrentStreamEvent(c10::Device device);
@@ -29,13 +36,35 @@ class CurrentStreamEvent {
   void* event_ = nullptr;
 };
 
+/// When the inputs of a call are there that all ranks make. Where the device
+/// has failed by then, the group does, too: so the others do not wait.
+CurrentStreamEvent inputsReady(Group& group, c10::Device device);
+
 /// What the current stream of the device does from now on comes after `event`.
 void awaitOnCurrentStream(c10::Device device, Device::Event event);
 
-/// Callbacks that keep tensors until the engine and the streams are done with
-/// them. They are not dropped on the engine's thread, which must not take the
-/// GIL.
-OperationCallbacks keepingTensors(std::vector<at::Tensor> tensors);
+/// The tensors of a call, held by its operation, until the engine and the
+/// streams are done with them, and by its Work. Thread-safe.
+class KeptTensors {
+ public:
+  explicit KeptTensors(std::vector<at::Tensor> tensors)
+      : tensors_(std::move(tensors)) {}
+  /// Leaves tensors to another thread: this one may be the engine's, which must
+  /// not take the GIL.
+  ~KeptTensors();
+  KeptTensors(const KeptTensors&) = delete;
+  KeptTensors& operator=(const KeptTensors&) = delete;
+
+  /// Drops them for both holders.
+  void drop();
+
+ private:
+  std::mutex mutex_;
+  std::vector<at::Tensor> tensors_;
+};
+
+/// Callbacks that hold them.
+OperationCallbacks keepingTensors(std::shared_ptr<KeptTensors> kept);
 
 /// wait() orders the current stream after the call and returns: the host does
 /// not wait, so its timeout means nothing. It throws what the call has failed
@@ -43,15 +72,17 @@ OperationCallbacks keepingTensors(std::vector<at::Tensor> tensors);
 /// defined, and the next call on the group throws.
 class WorkDevice final : public c10d::Work {
  public:
-  /// `kept` are held until wait(), from where on the order of streams protects
-  /// them: where the call is captured, its operation lets them go before.
+  /// Made on the stream that is current where the call was posted. A wait()
+  /// there drops `kept`, as from then on the order of that stream protects
+  /// them; without one, they are held as long as this and the operation: of a
+  /// call that is captured, the operation lets go before its graph is run.
   WorkDevice(
       int rank,
       c10::Device device,
       std::shared_ptr<Device> onDevice,
       DeviceExchange::Call call,
       std::vector<at::Tensor> outputs,
-      std::vector<at::Tensor> kept);
+      std::shared_ptr<KeptTensors> kept);
 
   /// The outputs are there, or the call has failed.
   bool isCompleted() override;
@@ -69,8 +100,8 @@ class WorkDevice final : public c10d::Work {
   const std::shared_ptr<Device> onDevice_;
   const DeviceExchange::Call call_;
   const std::vector<at::Tensor> outputs_;
-  std::mutex mutex_;
-  std::vector<at::Tensor> kept_;
+  const c10::Stream posted_;
+  const std::shared_ptr<KeptTensors> kept_;
 };
 
 }  // namespace automoe

@@ -55,5 +55,25 @@ TEST(AgreementTest, DtypesMatterWhereAnythingIsSent) {
       findDisagreement(side(0, 0, 0, 6), side(1, 0, 0, 4), 4, nameOf), "");
 }
 
+TEST(AgreementTest, BothSidesNameWhoCaptures) {
+  Record eager;
+  eager.source = 0;
+  eager.rows = graphUseOf(false, true);
+  Record captured;
+  captured.source = 1;
+  captured.rows = graphUseOf(true, false);
+  const std::string text = findGraphDisagreement(eager, captured);
+  EXPECT_EQ(text, findGraphDisagreement(captured, eager));
+  EXPECT_EQ(
+      text,
+      "rank 1 captures this call into a graph, rank 0 does not; all ranks must "
+      "capture the same calls, and replay them together");
+  captured.rows = graphUseOf(false, false);
+  EXPECT_EQ(
+      findGraphDisagreement(captured, eager),
+      "rank 0 has fenced: yes, rank 1 has no; they must agree");
+  EXPECT_EQ(findGraphDisagreement(eager, eager), "");
+}
+
 }  // namespace
 }  // namespace automoe

@@ -6,82 +6,62 @@
 #include <atomic>
 #include <thread>
 
-#include "device_ranks.hpp"
-#include "process_group/common/error.hpp"
+#include "device_failures.hpp"
 
 namespace automoe::testing {
 namespace {
 
 using std::chrono::milliseconds;
-using std::chrono::seconds;
 
-/// Two nodes of two ranks, and a plan in which all have rows for all.
-class DeviceFailure : public ::testing::Test {
+/// Dispatches and combines by a plan in which all have rows for all.
+class DeviceFailure : public DeviceFailureTest {
  protected:
-  DeviceFailure() : ranks_(Shape{{2, 2}}, 5) {
-    plans_.resize(4);
-    ranks_.run([&](int rank) {
+  void SetUp() override {
+    plans_.resize(static_cast<size_t>(size()));
+    run([&](int rank) {
       plans_[static_cast<size_t>(rank)] =
-          makePlan(ranks_.engine(rank), ranks_.group(rank), routing_);
+          makePlan(engine(rank), group(rank), routing());
     });
   }
 
   std::unique_ptr<TwinCall> makeCall(int rank, DeviceCase it = {}) {
     return std::make_unique<TwinCall>(
-        ranks_.exchange(rank), plans_[static_cast<size_t>(rank)], it);
+        exchange(rank), plans_[static_cast<size_t>(rank)], it);
   }
 
-  /// What rank `rank` hears when it makes the calls `body` makes, then waits
-  /// for them.
+  /// What rank `rank` hears when it makes the calls, then waits for them.
   std::string hears(int rank, TwinCall& call) {
-    try {
-      call.enqueue(ranks_.exchange(rank));
+    return heardOf([&] {
+      call.enqueue(exchange(rank));
       for (const auto& made : call.calls) {
-        finish(ranks_.engine(rank), *made.operation);
+        finish(engine(rank), *made.operation);
       }
-    } catch (const Error& error) {
-      return error.what();
-    }
-    return "no error";
+    });
+  }
+  /// The same of one dispatch.
+  std::string hears(int rank, TwinCall& call, DeviceExchange::Terms terms) {
+    return heardOf([&] {
+      const auto made = call.dispatchOnce(exchange(rank), std::move(terms));
+      finish(engine(rank), *made.operation);
+    });
+  }
+  void expectThrough(int rank, const TwinCall& call) {
+    DeviceFailureTest::expectThrough(rank, call.calls);
   }
 
-  /// All devices come to the end of what they have, whatever has failed.
-  void expectThrough(int rank, TwinCall& call) {
-    const auto limit = std::chrono::steady_clock::now() + seconds(20);
-    for (const auto& made : call.calls) {
-      bool happened = false;
-      while (!happened && std::chrono::steady_clock::now() < limit) {
-        happened = ranks_.exchange(rank).device().happened(made.done->get());
-        std::this_thread::sleep_for(milliseconds(1));
-      }
-      EXPECT_TRUE(happened) << "rank " << rank;
-    }
-  }
-
-  Routing routing_ = [] {
-    Routing routing{.numExperts = 8, .topK = 8};
-    for (int rank = 0; rank < 4; ++rank) {
-      routing.ids.emplace_back();
-      for (int i = 0; i < 24; ++i) {
-        routing.ids.back().push_back(i % 8);
-      }
-    }
-    return routing;
-  }();
-  DeviceRanks ranks_;
   std::vector<PlanResult> plans_;
 };
 
-TEST_F(DeviceFailure, RowsThatDoNotAgreeAreNamed) {
-  ranks_.run([&](int rank) {
+TEST_P(DeviceFailure, RowsThatDoNotAgreeAreNamed) {
+  run([&](int rank) {
     const auto call = makeCall(rank, {.elements = rank == 2 ? 16U : 8U});
     expectContains(hears(rank, *call), "bytes in a row: ");
     expectThrough(rank, *call);
   });
 }
 
-TEST_F(DeviceFailure, OtherCallsAreNamed) {
-  ranks_.run([&](int rank) {
+TEST_P(DeviceFailure, OtherCallsAreNamed) {
+  run([&](int rank) {
     const auto call = makeCall(rank);
     if (rank != 1) {
       expectContains(hears(rank, *call), "dispatch on a device");
@@ -90,7 +70,7 @@ TEST_F(DeviceFailure, OtherCallsAreNamed) {
     }
     // The same on the CPU, where all the others are on their devices.
     try {
-      call->runOnCpu(ranks_.engine(rank), ranks_.group(rank));
+      call->runOnCpu(engine(rank), group(rank));
       ADD_FAILURE() << "no error";
     } catch (const InvalidArgument& error) {
       expectContains(error.what(), "dispatch on rank 1");
@@ -98,38 +78,39 @@ TEST_F(DeviceFailure, OtherCallsAreNamed) {
   });
 }
 
-TEST_F(DeviceFailure, ARankThatDoesNotCallIsNamed) {
-  ranks_.run([&](int rank) {
-    if (rank == 3) {
+TEST_P(DeviceFailure, ARankThatDoesNotCallIsNamed) {
+  run([&](int rank) {
+    if (rank == last()) {
       return;
     }
     const auto call = makeCall(rank);
-    call->timeout = milliseconds(1500);
-    expectContains(hears(rank, *call), "ranks that have not posted it: 3");
+    call->timeout = kShort;
+    expectContains(
+        hears(rank, *call), concat("ranks that have not posted it: ", last()));
     expectThrough(rank, *call);
   });
 }
 
-TEST_F(DeviceFailure, ARankThatDiesIsNamed) {
-  ranks_.run([&](int rank) {
-    if (rank == 3) {
+TEST_P(DeviceFailure, ARankThatDiesIsNamed) {
+  run([&](int rank) {
+    if (rank == last()) {
       // Long enough for the others to have enqueued, in most runs.
       std::this_thread::sleep_for(milliseconds(200));
-      ranks_.engine(3).shutdown(milliseconds(0));
+      engine(rank).shutdown(milliseconds(0));
       return;
     }
     const auto call = makeCall(rank);
-    expectContains(hears(rank, *call), "rank 3");
+    expectContains(hears(rank, *call), concat("rank ", last()));
     expectThrough(rank, *call);
   });
 }
 
-TEST_F(DeviceFailure, ADeviceThatFailsIsNamed) {
-  ranks_.run([&](int rank) {
+TEST_P(DeviceFailure, ADeviceThatFailsIsNamed) {
+  run([&](int rank) {
     const auto call = makeCall(rank);
     if (rank == 2) {
-      const auto made = ranks_.world().statistics(rank).enqueued;
-      ranks_.world().failAt(rank, made + 12);
+      const auto made = world().statistics(rank).enqueued;
+      world().failAt(rank, made + 12);
     }
     const std::string text = hears(rank, *call);
     expectContains(text, "as failAt() asked");
@@ -137,95 +118,175 @@ TEST_F(DeviceFailure, ADeviceThatFailsIsNamed) {
   });
 }
 
-TEST_F(DeviceFailure, AnErrorThatIsNoneOfOursIsNamed) {
-  ranks_.run([&](int rank) {
+TEST_P(DeviceFailure, AnErrorThatIsNoneOfOursIsNamed) {
+  run([&](int rank) {
     const auto call = makeCall(rank);
     if (rank == 1) {
-      const auto made = ranks_.world().statistics(rank).enqueued;
-      ranks_.world().failAt(rank, made + 12, true);
+      const auto made = world().statistics(rank).enqueued;
+      world().failAt(rank, made + 12, true);
     }
     expectContains(hears(rank, *call), "fails in another way");
     expectThrough(rank, *call);
   });
 }
 
-TEST_F(DeviceFailure, WorkThatFailsOnTheDeviceIsNamed) {
-  ranks_.run([&](int rank) {
+TEST_P(DeviceFailure, WorkThatFailsOnTheDeviceIsNamed) {
+  run([&](int rank) {
     const auto call = makeCall(rank);
     DeviceExchange::Terms terms;
-    terms.timeout = seconds(30);
+    terms.timeout = kTimeout;
     if (rank == 2) {
       // Nothing runs before all of it is enqueued, so no call throws.
-      ranks_.world().stall(rank);
+      world().stall(rank);
       terms.after = call->enqueueBroken();
     }
-    const auto made = call->dispatchOnce(ranks_.exchange(rank), terms);
+    const auto made = call->dispatchOnce(exchange(rank), terms);
     if (rank == 2) {
-      ranks_.world().resume(rank);
+      world().resume(rank);
     }
-    std::string text = "no error";
-    try {
-      finish(ranks_.engine(rank), *made.operation);
-    } catch (const Error& error) {
-      text = error.what();
-    }
+    const std::string text =
+        heardOf([&] { finish(engine(rank), *made.operation); });
     // Others may have had what they need from it before.
     if (rank == 2 || text != "no error") {
-      expectContains(text, "rank 2, dispatch on a device number 1");
+      expectContains(text, "rank 2, dispatch on a device number ");
       expectContains(text, "an illegal address");
     }
+    expectContains(failureOf(rank), "an illegal address");
   });
 }
 
-TEST_F(DeviceFailure, ADeviceThatHangsTimesOut) {
-  ranks_.world().stall(1);
-  ranks_.run([&](int rank) {
+TEST_P(DeviceFailure, ADeviceThatHangsTimesOut) {
+  world().stall(1);
+  run([&](int rank) {
     const auto call = makeCall(rank);
-    call->timeout = milliseconds(1500);
+    call->timeout = kShort;
     const std::string text = hears(rank, *call);
     expectContains(text, "timed out in");
     expectContains(text, "waiting for the streams of its own device");
     if (rank == 1) {
-      ranks_.world().resume(1);
+      world().resume(1);
     }
     expectThrough(rank, *call);
   });
 }
 
-TEST_F(DeviceFailure, MemoryIsLetGoOnceTheStreamsAreThrough) {
-  ranks_.world().stall(0);
+TEST_P(DeviceFailure, CapturedHereAndEagerThereIsNamed) {
+  run([&](int rank) {
+    const auto call = makeCall(rank);
+    world().setCapturing(rank, rank == 1);
+    const std::string text = hears(rank, *call);
+    world().setCapturing(rank, false);
+    expectContains(text, "rank 1 captures this call into a graph, rank ");
+    expectContains(text, " does not; all ranks must capture the same calls");
+    expectThrough(rank, *call);
+  });
+}
+
+TEST_P(DeviceFailure, FencedHereOnlyIsNamed) {
+  run([&](int rank) {
+    const auto call = makeCall(rank);
+    DeviceExchange::Terms terms;
+    terms.timeout = kTimeout;
+    terms.fenced = rank == 2;
+    expectContains(hears(rank, *call, terms), "has fenced: ");
+    expectThrough(rank, *call);
+  });
+}
+
+/// What a graph does is not seen by the host: no call is pending when a rank
+/// fails.
+TEST_P(DeviceFailure, AFailureLetsGraphsGo) {
+  std::atomic<int> ready{0};
+  std::atomic<int> ended{0};
+  run([&](int rank) {
+    const auto call = makeCall(rank);
+    world().settle();  // the lists are there
+    if (rank == last()) {
+      world().stall(rank);
+    }
+    ready += 1;
+    EXPECT_TRUE(eventually([&] { return ready >= size(); }));
+    world().setCapturing(rank, true);
+    DeviceExchange::Terms terms;
+    terms.timeout = kTimeout;
+    const auto made = call->dispatchOnce(exchange(rank), terms);
+    world().setCapturing(rank, false);
+    finish(engine(rank), *made.operation);
+    ended += 1;
+    EXPECT_TRUE(eventually([&] { return ended >= size(); }));
+    if (rank == last()) {
+      group(rank).abort("the test says so");
+    } else {
+      expectThrough(rank, *call);
+      ended += 1;
+    }
+    EXPECT_TRUE(eventually([&] { return ended >= 2 * size() - 1; }));
+    world().resume(last());
+    expectThrough(rank, *call);
+  });
+}
+
+TEST_P(DeviceFailure, MemoryIsLetGoOnceTheStreamsAreThrough) {
+  world().stall(0);
   std::atomic<int> posted{0};
   std::atomic<int> finished{0};
-  const auto until4 = [](const std::atomic<int>& count) {
-    while (count < 4) {
-      std::this_thread::sleep_for(milliseconds(1));
-    }
+  const auto untilAll = [&](const std::atomic<int>& count) {
+    EXPECT_TRUE(eventually([&] { return count >= size(); }));
   };
-  ranks_.run([&](int rank) {
+  run([&](int rank) {
     const auto call = makeCall(rank);
     std::atomic<bool> released{false};
     DeviceExchange::Terms terms;
-    terms.timeout = seconds(30);
+    terms.timeout = kTimeout;
     terms.callbacks.released = [&] { released = true; };
-    const auto made = call->dispatchOnce(ranks_.exchange(rank), terms);
+    const auto made = call->dispatchOnce(exchange(rank), terms);
     posted += 1;
-    if (rank == 3) {
-      until4(posted);
-      ranks_.group(3).abort("the test says so");
+    if (rank == last()) {
+      untilAll(posted);
+      group(rank).abort("the test says so");
     }
-    EXPECT_THROW(finish(ranks_.engine(rank), *made.operation), Error);
+    EXPECT_THROW(finish(engine(rank), *made.operation), Error);
     finished += 1;
     if (rank == 0) {
-      until4(finished);
+      untilAll(finished);
       // Its device may still read it.
       std::this_thread::sleep_for(milliseconds(50));
       EXPECT_FALSE(released);
-      ranks_.world().resume(0);
+      world().resume(0);
     }
     EXPECT_TRUE(eventually([&] { return released.load(); }));
     expectThrough(rank, *call);
   });
 }
+
+TEST_P(DeviceFailure, ANetworkThatTakesNoCallIsNamed) {
+  world().failCalls(1, "exchange", 1);
+  run([&](int rank) {
+    const auto call = makeCall(rank);
+    const std::string text = hears(rank, *call);
+    expectContains(text, "rank 1");
+    expectContains(text, "exchange fails, as failCalls() asked");
+    expectThrough(rank, *call);
+  });
+}
+
+TEST_P(DeviceFailure, NoMemoryForAnArenaIsNamed) {
+  // The device has no hook that makes room.
+  world().failCalls(1, "allocateShared", 1);
+  run([&](int rank) {
+    const auto call = makeCall(rank, {.elements = 1 << 16});
+    const std::string text = hears(rank, *call);
+    expectContains(text, "rank 1");
+    expectContains(text, "allocateShared fails, as failCalls() asked");
+    expectThrough(rank, *call);
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes,
+    DeviceFailure,
+    ::testing::Values(FailureCase{kTwoNodes}, FailureCase{kFourNodes}),
+    nameOfCase);
 
 }  // namespace
 }  // namespace automoe::testing

@@ -234,6 +234,33 @@ Bytes bytesOf(const std::vector<uint8_t>& values) {
   return bytes;
 }
 
+/// What the kernel makes of these rows, or of those of an index.
+void expectQuantized(
+    DType dtype,
+    Memory& rows,
+    size_t elements,
+    size_t count,
+    const int32_t* index,
+    const Quantized& expected,
+    std::mt19937& random) {
+  Memory values(count * elements, oneOf(random, kOffsets));
+  std::vector<float> scales(expected.scales.size(), -7.0F);
+  QuantizeRows call;
+  call.dtype = dtype;
+  call.rows = rows.data();
+  call.index = index;
+  call.values = reinterpret_cast<uint8_t*>(values.data());
+  call.scales = scales.data();
+  call.count = count;
+  call.elements = elements;
+  call.maxBlocks = oneOf(random, kMaxBlocks);
+  emulated::setSeed(random());
+  enqueue(call, nullptr);
+  ASSERT_TRUE(values.copy() == bytesOf(expected.values)) << elements;
+  ASSERT_EQ(scales, expected.scales) << elements;
+  ASSERT_TRUE(values.isIntact());
+}
+
 TEST_P(QuantizeTest, KernelHasTheBitsOfTheCpu) {
   std::mt19937 random(3);
   for (int round = 0; round < 80; ++round) {
@@ -246,21 +273,44 @@ TEST_P(QuantizeTest, KernelHasTheBitsOfTheCpu) {
     }
     const Quantized expected = expectRows(GetParam(), all, elements);
     Memory rows(all, oneOf(random, kOffsets));
-    Memory values(count * elements, oneOf(random, kOffsets));
-    std::vector<float> scales(expected.scales.size(), -7.0F);
-    QuantizeRows call;
-    call.dtype = GetParam();
-    call.rows = rows.data();
-    call.values = reinterpret_cast<uint8_t*>(values.data());
-    call.scales = scales.data();
-    call.count = count;
-    call.elements = elements;
-    call.maxBlocks = oneOf(random, kMaxBlocks);
-    emulated::setSeed(random());
-    enqueue(call, nullptr);
-    ASSERT_TRUE(values.copy() == bytesOf(expected.values)) << elements;
-    ASSERT_EQ(scales, expected.scales) << elements;
-    ASSERT_TRUE(values.isIntact());
+    expectQuantized(
+        GetParam(), rows, elements, count, nullptr, expected, random);
+  }
+}
+
+// Out of order, repeated, some never, some negative: those are rows of zeros.
+TEST_P(QuantizeTest, KernelTakesTheRowsOfAnIndex) {
+  std::mt19937 random(5);
+  for (int round = 0; round < 120; ++round) {
+    const size_t elements = oneOf(random, kLengths);
+    const size_t rowBytes = elements * elementBytes(GetParam());
+    const size_t sources = random() % 5;
+    Bytes all;
+    for (size_t i = 0; i < sources; ++i) {
+      const Bytes row = randomRow(random, GetParam(), elements);
+      all.insert(all.end(), row.begin(), row.end());
+    }
+    std::vector<int32_t> index(random() % 9);
+    Bytes taken;
+    for (int32_t& from : index) {
+      from = static_cast<int32_t>(random() % (sources + 1)) - 1;
+      const auto at =
+          all.begin() + std::max(from, 0) * static_cast<ptrdiff_t>(rowBytes);
+      const Bytes row = from < 0
+                            ? Bytes(rowBytes)
+                            : Bytes(at, at + static_cast<ptrdiff_t>(rowBytes));
+      taken.insert(taken.end(), row.begin(), row.end());
+    }
+    const Quantized expected = expectRows(GetParam(), taken, elements);
+    Memory rows(all, oneOf(random, kOffsets));
+    expectQuantized(
+        GetParam(),
+        rows,
+        elements,
+        index.size(),
+        index.data(),
+        expected,
+        random);
   }
 }
 

@@ -186,6 +186,14 @@ TEST(DeviceProbe, TwoNodesWithOneGpuEachShareNone) {
   EXPECT_TRUE(choosePath(ranks, std::vector<int>{0, 1}).nccl);
 }
 
+TEST(DeviceProbe, ContainersOnOneMachineMayShareAGpu) {
+  std::vector<DeviceFacts> ranks = {
+      makeFacts(0, 0, 1, Link::kNone), makeFacts(1, 0, 1, Link::kNone)};
+  const DeviceChoice choice = choosePath(ranks, std::vector<int>{0, 1});
+  EXPECT_FALSE(choice.usable);
+  EXPECT_NE(choice.obstacle.find("two ranks share a GPU"), std::string::npos);
+}
+
 TEST(DeviceProbe, WithoutDriverTheExchangeRunsOnCpuRanks) {
   std::vector<DeviceFacts> ranks(2);
   ranks[1].rank = 1;

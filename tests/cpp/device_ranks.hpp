@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -49,6 +50,23 @@ class DeviceRanks {
         [&](int rank) { exchanges_[static_cast<size_t>(rank)].reset(); });
   }
 
+  /// One of them ends, while the others go on.
+  void leave(int rank) { exchanges_[static_cast<size_t>(rank)].reset(); }
+
+  /// The exchanges end; no work was wrong, and nothing is left.
+  void expectNoErrors() {
+    end();
+    world_.settle();
+    for (const std::string& error : world_.errors()) {
+      ADD_FAILURE() << error;
+    }
+    for (int rank = 0; rank < size(); ++rank) {
+      for (const std::string& leak : world_.leaks(rank)) {
+        ADD_FAILURE() << "rank " << rank << ": " << leak;
+      }
+    }
+  }
+
   int size() const { return ranks_.size(); }
   Ranks& ranks() { return ranks_; }
   DoubleWorld& world() { return world_; }
@@ -84,12 +102,17 @@ struct DeviceCase {
 /// CPU and on the device; expectSame() compares what has come out.
 class TwinCall {
  public:
-  TwinCall(DeviceExchange& exchange, const PlanResult& plan, DeviceCase it)
+  /// `lists`: those of the plan where a device has made it.
+  TwinCall(
+      DeviceExchange& exchange,
+      const PlanResult& plan,
+      DeviceCase it,
+      std::shared_ptr<const DeviceRoute> lists = nullptr)
       : device_(exchange.device()),
         plan_(plan),
         route_(plan_.route),
         it_(it),
-        lists_(exchange.upload(route_)),
+        lists_(lists != nullptr ? lists : exchange.upload(route_)),
         user_(device_.makeStream()),
         ready_(device_.makeEvent()) {
     std::mt19937 random(it.seed * 64 + static_cast<unsigned>(route_.rank()));
@@ -147,14 +170,13 @@ class TwinCall {
     terms.timeout = timeout;
     terms.maxBlocks = maxBlocks;
     terms.fenced = fenced;
-    calls.push_back(
-        exchange.dispatch(lists_, route_, dispatchArguments(true), terms));
+    terms.wire = wire;
+    calls.push_back(exchange.dispatch(lists_, dispatchArguments(true), terms));
     // The experts, on the user's stream, between the two.
     device_.await(user_, calls.back().done->get());
     device_.run(user_, [](kernels::DeviceStream) {});
     device_.record(ready_, user_);
-    calls.push_back(
-        exchange.combine(lists_, route_, combineArguments(true), terms));
+    calls.push_back(exchange.combine(lists_, combineArguments(true), terms));
     device_.await(user_, calls.back().done->get());
     for (Buffer& buffer : buffers_) {
       device_.copy(
@@ -174,14 +196,36 @@ class TwinCall {
     return ready_;
   }
 
+  /// Before anything is run: the weights of `other`, a call of the same tokens,
+  /// and its rows of these numbers.
+  void takeInputs(const TwinCall& other, const std::vector<size_t>& rows) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      std::memcpy(
+          buffers_[kX].host.data() + i * rowBytes(),
+          other.buffers_[kX].host.data() + rows[i] * rowBytes(),
+          rowBytes());
+    }
+    buffers_[kWeights].host = other.buffers_[kWeights].host;
+    for (const Name name : {kX, kWeights}) {
+      const Buffer& buffer = buffers_[name];
+      if (buffer.bytes > 0) {
+        std::memcpy(buffer.staging, buffer.host.data(), buffer.bytes);
+      }
+    }
+  }
+  /// A row that came out of the combine, which expectSame() has compared.
+  std::span<const std::byte> combined(size_t row) const {
+    return std::span(buffers_[kOut].host).subspan(row * rowBytes(), rowBytes());
+  }
+
   /// Seen from outside: whether anybody still holds the plan's lists.
   std::weak_ptr<const DeviceRoute> watchLists() const { return lists_; }
 
   /// One dispatch, from whatever the memory holds.
   DeviceExchange::Call dispatchOnce(
       DeviceExchange& exchange, DeviceExchange::Terms terms) {
-    calls.push_back(exchange.dispatch(
-        lists_, route_, dispatchArguments(true), std::move(terms)));
+    calls.push_back(
+        exchange.dispatch(lists_, dispatchArguments(true), std::move(terms)));
     return calls.back();
   }
 
@@ -200,6 +244,7 @@ class TwinCall {
   }
 
   std::chrono::milliseconds timeout = std::chrono::seconds(30);
+  DeviceWire wire = DeviceWire::kAsIs;  // of rows, which say no number
   std::vector<DeviceExchange::Call> calls;
 
  private:
@@ -283,5 +328,29 @@ class TwinCall {
   const Device::Event ready_;
   std::vector<Buffer> buffers_;
 };
+
+/// All are enqueued before the host looks at any result, for which it does not
+/// wait; then each is compared with the CPU's.
+inline void enqueueAndCompare(
+    DeviceRanks& ranks,
+    int rank,
+    const std::vector<std::unique_ptr<TwinCall>>& calls,
+    int maxBlocks = 0,
+    bool fenced = false) {
+  const auto before = ranks.world().statistics(rank);
+  for (const auto& call : calls) {
+    call->enqueue(ranks.exchange(rank), maxBlocks, fenced);
+  }
+  const auto after = ranks.world().statistics(rank);
+  EXPECT_EQ(after.synchronized, before.synchronized);
+  EXPECT_EQ(after.freed, before.freed);
+  EXPECT_EQ(after.pageableCopies, before.pageableCopies);
+  for (const auto& call : calls) {
+    call->expectSame();
+    for (const auto& made : call->calls) {
+      finish(ranks.engine(rank), *made.operation);
+    }
+  }
+}
 
 }  // namespace automoe::testing

@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <functional>
 #include <future>
@@ -162,7 +163,7 @@ TEST(DoubleDevice, AwaitTakesTheLatestRecord) {
   rank->destroyEvent(event);  // what was awaited still counts
   world.settle();
   EXPECT_HAS(world.deadlocked(), "await event 1, then 0 more");
-  rank->setFlagNow(asFlag(flag), 1);
+  std::atomic_ref(*asFlag(flag)).store(1);
   rank->synchronize(rank.second);
   EXPECT_EQ(world.deadlocked(), "");
   rank->free(flag);
@@ -272,7 +273,7 @@ TEST(DoubleDevice, ACyclicWaitIsNamed) {
       "then 1 more; rank 0, stream 2: await flag device memory 0 of rank 0 + "
       "4");
   EXPECT_HAS(error, world.deadlocked());
-  rank->setFlagNow(asFlag(flags), 1);
+  std::atomic_ref(*asFlag(flags)).store(1);
   rank->synchronize(rank.second);
   EXPECT_EQ(world.deadlocked(), "");
 }

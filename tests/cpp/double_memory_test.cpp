@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -81,10 +82,28 @@ TEST(DoubleMemory, RefusesMemoryThatIsNotTheRanks) {
   EXPECT_HAS(
       deviceErrorOf([&] { rank->setFlag(rank.first, asFlag(mine + 2), 1); }),
       "align");
-  rank->setFlagNow(asFlag(theirs), 1);
-  EXPECT_HAS(
-      world.errors().at(0), "rank 0: setFlagNow: device memory 2 of rank 1");
+  EXPECT_TRUE(world.errors().empty());
   EXPECT_EQ(world.statistics(0).items, 0u);
+}
+
+TEST(DoubleMemory, PagesOfTheHostAreMapped) {
+  DoubleWorld world(1, 0);
+  TwoStreams rank(world);
+  alignas(4096) std::byte pages[4096] = {};
+  EXPECT_HAS(
+      deviceErrorOf([&] { rank->setFlag(rank.first, asFlag(pages), 1); }),
+      "is not memory of the device");
+  uint32_t* flag = asFlag(rank->mapHost(pages, sizeof(pages)));
+  EXPECT_HAS(world.leaks(0).at(0), "mapped memory");
+  rank->awaitFlags(rank.first, {&flag, 1}, 1, 7);
+  world.settle();
+  EXPECT_HAS(world.deadlocked(), "to be 1, it is 0");
+  std::atomic_ref(*flag).store(1);
+  rank->synchronize(rank.first);
+  EXPECT_EQ(*flag, 7U);
+  rank->unmapHost(pages);
+  rank->unmapHost(pages);
+  EXPECT_HAS(world.errors().at(0), "was not allocated");
 }
 
 TEST(DoubleMemory, OrdinaryHostMemoryIsReadWhenItIsEnqueued) {

@@ -27,6 +27,7 @@ struct Library {
   Functions::Config config;
   Functions::Id id;
   std::atomic<int> aborts = 0;
+  std::atomic<bool> hasGraphs = false;  // an abort waits until it has none
 
   void note(const std::string& call) {
     const std::lock_guard lock(mutex);
@@ -70,6 +71,9 @@ Functions makeFunctions() {
     return Functions::kSuccess;
   };
   functions.commAbort = [](Functions::Communicator) {
+    while (library->hasGraphs) {
+      std::this_thread::yield();
+    }
     ++library->aborts;
     return Functions::kSuccess;
   };
@@ -109,12 +113,14 @@ class Nccl : public testing::Test {
   Nccl() { library = &library_; }
   ~Nccl() override { library = nullptr; }
 
-  std::unique_ptr<NcclNetwork> make(milliseconds timeout = milliseconds(5000)) {
+  std::unique_ptr<NcclNetwork> make(
+      milliseconds timeout = milliseconds(5000), int maxCtas = 0) {
     return std::make_unique<NcclNetwork>(
         makeFunctions(),
         makeNcclId(makeFunctions()),
         NcclNetwork::Place{1, 3},
-        timeout);
+        timeout,
+        maxCtas);
   }
 
   template <typename Action>
@@ -146,6 +152,21 @@ TEST_F(Nccl, MakesANonblockingCommunicatorAndEndsItInOrder) {
   EXPECT_EQ(library_.config.magic, 0xcafebeefU);
   EXPECT_EQ(library_.id.bytes[127], 'i');
   EXPECT_EQ(library_.aborts, 0);
+}
+
+TEST_F(Nccl, ALimitOfBlocksIsToldInTheLayoutThatHasIt) {
+  make()->abort();
+  EXPECT_EQ(library_.config.version, 21400U);
+  make(milliseconds(5000), 4)->abort();
+  const Functions::Config& config = library_.config;
+  EXPECT_EQ(config.size, sizeof(config));
+  EXPECT_EQ(config.version, 21700U);
+  EXPECT_EQ(config.maxCtas, 4);
+  EXPECT_EQ(config.minCtas, INT_MIN);
+  EXPECT_EQ(
+      reinterpret_cast<const char*>(&config.maxCtas) -
+          reinterpret_cast<const char*>(&config),
+      28);
 }
 
 TEST_F(Nccl, ExchangeIsOneGroupWithoutEmptyTransfers) {
@@ -223,10 +244,35 @@ TEST_F(Nccl, AbortEndsAnExchangeThatWaits) {
   }
   network->abort();
   network->abort();
-  EXPECT_EQ(waiting.get(), "the NCCL communicator was aborted");
-  EXPECT_EQ(network->failure(), "the NCCL communicator was aborted");
+  const std::string text =
+      "the NCCL communicator of rank 1 of 3 was aborted, because its group has "
+      "failed";
+  EXPECT_EQ(waiting.get(), text);
+  EXPECT_EQ(network->failure(), text);
   network.reset();
   EXPECT_EQ(library_.aborts, 1);
+}
+
+TEST_F(Nccl, NobodyWaitsForTheEndOfGraphs) {
+  for (const bool failed : {false, true}) {
+    auto network = make();
+    network->keepForGraphs();
+    library_.hasGraphs = true;
+    library_.aborts = 0;
+    library_.take();
+    if (failed) {
+      network->abort();
+    }
+    network.reset();
+    EXPECT_EQ(library_.aborts, 0);
+    EXPECT_EQ(library_.take(), std::vector<std::string>());
+    library_.hasGraphs = false;
+    const auto limit = std::chrono::steady_clock::now() + milliseconds(30000);
+    while (library_.aborts == 0 && std::chrono::steady_clock::now() < limit) {
+      std::this_thread::yield();
+    }
+    EXPECT_EQ(library_.aborts, 1);
+  }
 }
 
 TEST(NcclLibrary, ThatLacksOrIsAnotherOneIsAReason) {

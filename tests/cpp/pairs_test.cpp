@@ -189,6 +189,37 @@ TEST_P(PairsTest, TimeoutSaysWhoDidNotSend) {
       "for rank 1 to send");
 }
 
+TEST_P(PairsTest, OnlyTheReceiveLapsesThatMay) {
+  ranks_.run([&](int rank) {
+    if (rank != 0) {
+      return;
+    }
+    PairArguments wanted;
+    wanted.peer = 1;
+    wanted.tag = 5;
+    wanted.mayLapse = true;
+    const auto lapsed = ranks_.group(0).receive(wanted, milliseconds(100), {});
+    try {
+      finish(ranks_.engine(0), *lapsed);
+      ADD_FAILURE() << "no error";
+    } catch (const TimeoutError& error) {
+      expectContains(
+          error.what(),
+          "recv from rank 1 with tag 5 has waited in vain for rank 1 to send");
+    }
+  });
+  // Its message still finds the next one.
+  ranks_.run([&](int rank) {
+    if (rank == 1) {
+      end(rank, keep(rank, send(ranks_.group(1), 0, 4, 9, 5)));
+    } else if (rank == 0) {
+      const Message& got = keep(rank, receive(ranks_.group(0), 1, 4, 5));
+      end(rank, got);
+      expectValue(got, 9);
+    }
+  });
+}
+
 TEST_P(PairsTest, RankThatLeftIsNamed) {
   ranks_.run([&](int rank) {
     if (rank == 1) {

@@ -124,6 +124,7 @@ void expectReceived(const World& world, int rank) {
   const auto packed = lists.of(lists.receivePacked);
   const auto entries = lists.of(lists.receiveEntries);
   ASSERT_EQ(rows.size(), world.rows[i].size());
+  std::vector<size_t> receivedFrom(mates.size(), 0);
   for (size_t r = 0; r < rows.size(); ++r) {
     if (!world.rows[i][r].has_value()) {
       EXPECT_LT(rows[r], 0);
@@ -140,6 +141,7 @@ void expectReceived(const World& world, int rank) {
       EXPECT_EQ(world.slotOf(rank, entries[r]), *world.rows[i][r]);
       continue;
     }
+    receivedFrom[static_cast<size_t>(bases[r])] += 1;
     const auto& area = areas[static_cast<size_t>(bases[r])];
     const auto [from, sendRow] = area.rows[static_cast<size_t>(rows[r])];
     EXPECT_EQ(packed[r], rows[r]);
@@ -148,6 +150,7 @@ void expectReceived(const World& world, int rank) {
         world.routes[static_cast<size_t>(from)].sendToken(sendRow), token);
     EXPECT_EQ(area.entries[static_cast<size_t>(entries[r])], *world.rows[i][r]);
   }
+  EXPECT_EQ(lists.receivedFrom, receivedFrom);
 }
 
 /// Every term of the sums that `rank` lands, as its slot.

@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Whether CUDA's library is that of the tests: see tools/test_without_gpu.sh.
+WITHOUT_GPU = "AUTOMOE_TEST_GPUS" in os.environ
+if WITHOUT_GPU:
+    import cuda_on_cpu
+
+    _INSTEAD_OF_TORCHS = cuda_on_cpu.install()
 
 KIND = "cuda"  # a test without a GPU puts another kind of device here
 FLOATS = ("float64", "float32", "bfloat16", "float16")

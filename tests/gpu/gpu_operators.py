@@ -24,9 +24,12 @@ def experts(rows: Tensor, offsets: Tensor) -> Tensor:
     return rows * rows + rows
 
 
-def compare_exchange(case: Case) -> None:
-    """plan, dispatch and combine by the bare operators, with weights and scalars."""
-    inputs, name = gpu_cases.draw(case, dist.get_rank()), group_name()
+def compare_exchange(case: Case, name: str | None = None) -> None:
+    """plan, dispatch and combine by the bare operators, with weights and scalars.
+
+    ``name`` is that of a group; default: the default group.
+    """
+    inputs, name = gpu_cases.draw(case, dist.get_rank()), name or group_name()
     marks = torch.arange(3 * inputs.x.shape[0]).view(-1, 3)
     found = []
     for device in devices():
@@ -128,6 +131,10 @@ def _by_hand(
     case: Case, ids: Tensor, x: Tensor, weights: Tensor, async_op: bool
 ) -> Tensor:
     plan = automoe.plan(ids, num_experts=case.num_experts, align=case.align)
+    return _exchange(plan, x, weights, async_op)
+
+
+def _exchange(plan: automoe.Plan, x: Tensor, weights: Tensor, async_op: bool) -> Tensor:
     recv = automoe.dispatch(x, weights, plan, async_op=async_op)
     recv_x, recv_weights = recv.wait() if async_op else recv
     rows = experts(recv_x, plan.offsets)
@@ -166,6 +173,8 @@ def compare_side_stream() -> None:
     inputs, (cpu, gpu) = gpu_cases.draw(case, dist.get_rank()), devices()
     expected = _by_hand(case, *on(cpu, inputs.ids, inputs.x, inputs.weights), False)
     ids, weights = on(gpu, inputs.ids, inputs.weights)
+    # Before: while it plans, the host waits for what the stream does.
+    plan = automoe.plan(ids, num_experts=case.num_experts, align=case.align)
     stream = torch.cuda.Stream(gpu)
     stream.wait_stream(torch.cuda.current_stream())
     for _ in range(20):
@@ -174,7 +183,7 @@ def compare_side_stream() -> None:
             x = torch.full_like(inputs.x, float("nan"), device=gpu)
             torch.cuda._sleep(2_000_000)
             x.copy_(inputs.x.pin_memory(), non_blocking=True)
-            out = _by_hand(case, ids, x, weights, True)
+            out = _exchange(plan, x, weights, True)
             copy = out.clone()
         stream.synchronize()
         assert_same(copy, expected)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel once, at sizes of all kinds, against the CPU: for compute-sanitizer.
+"""The kernels of one rank, at sizes of all kinds, as the CPU: for compute-sanitizer.
 
-A program of one process and one rank: python tests/gpu/kernels_program.py
+Not those of 8-bit floats, which run between nodes alone, nor those that compare rows,
+which nothing runs yet. A program of one process: python tests/gpu/kernels_program.py
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ def main() -> int:
     for case in CASES:
         programs.compare_local(case)
         programs.compare_exchange(case)
+    for dtype, hidden in (("uint8", 3), ("int64", 32)):
+        programs.compare_type(dtype, hidden)
+    programs.compare_capacity()
     programs.compare_parts()
     dist.destroy_process_group()
     print(f"{len(CASES)} cases: GPU and CPU agree bit for bit")

@@ -68,6 +68,23 @@ def test_graph_between_nodes(make_rank_pool) -> None:
     pool.run(gpu_streams.replay_graph, 10, deadline=SECONDS)
 
 
+def test_fp8_between_nodes(make_rank_pool) -> None:
+    pool = make_rank_pool([2], backend=None, env=need_shared_nccl(2))
+    pool.run(programs.join, 1, deadline=SECONDS)
+    used = pool.run(programs.compare_fp8, deadline=SECONDS)
+    expect_direct([(text, "") for text in used])
+
+
+def test_few_blocks(make_rank_pool) -> None:
+    pool = make_rank_pool([2])
+    found = pool.run(programs.use_few_blocks, 2, deadline=SECONDS)
+    expect_direct([(used, "") for used, _ in found])
+    for _, blocks in found:
+        if not blocks:
+            pytest.skip("needs CUPTI, by which torch.profiler sees kernels")
+        assert max(blocks) == 2, blocks
+
+
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="needs ranks on one GPU")
 def test_without_nccl_nodes_are_staged(make_rank_pool) -> None:
     env = {"NCCL_MULTI_RANK_GPU_ENABLE": "0"}
@@ -88,3 +105,20 @@ def test_all_to_all_single(make_rank_pool, nodes: list[int]) -> None:
     pool = make_rank_pool(nodes, env=need_shared_nccl(sum(nodes)))
     pool.run(programs.use_all_to_all, deadline=SECONDS)
     pool.run(gpu_streams.replay_all_to_all, 5, deadline=SECONDS)
+
+
+@pytest.mark.parametrize("limit", [None, 0, 1 << 30])
+def test_peer_all_to_all(make_rank_pool, limit: int | None) -> None:
+    pool = make_rank_pool([2], env=need_shared_nccl(2))
+    for used in pool.run(programs.use_peer_all_to_all, limit, deadline=SECONDS):
+        if limit == 0:
+            assert used == "no CUDA tensors have gone through this group yet"
+            continue
+        expect_direct([(used, "")])
+        assert ("64 KiB: " in used and " by NCCL" in used) == (limit is None)
+
+
+def test_graph_of_peer_all_to_all(make_rank_pool) -> None:
+    pool = make_rank_pool([2])
+    used = pool.run(gpu_streams.replay_all_to_all, 5, 1 << 30, deadline=SECONDS)
+    expect_direct([(text, "") for text in used])

@@ -34,7 +34,9 @@ inline void checkCuda(cudaError_t result, const char* call) {
 inline void warnCuda(cudaError_t result, const char* call) noexcept {
   if (result != cudaSuccess && result != cudaErrorCudartUnloading) {
     cudaGetLastError();
-    log(LogLevel::kWarn, describe(call, result));
+    int ordinal = -1;
+    cudaGetDevice(&ordinal);
+    log(LogLevel::kWarn, concat("GPU ", ordinal, ": ", describe(call, result)));
   }
 }
 

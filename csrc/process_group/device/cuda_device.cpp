@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "process_group/device/cuda_device.hpp"
 
-#include <mutex>
-#include <optional>
-
 #include "process_group/device/cuda_calls.hpp"
 #include "process_group/device/cuda_context.hpp"
 #include "process_group/device/cuda_facts.hpp"
@@ -35,53 +32,10 @@ cudaStream_t makeUrgentStream() {
   return stream;
 }
 
-/// Writes words from the host on a stream of its own. Each has a place in
-/// page-locked memory until it is written; places are used in turn.
-class HostWrites {
- public:
-  HostWrites() : stream_(makeUrgentStream()) {
-    void* memory = nullptr;
-    checkCuda(
-        cudaHostAlloc(
-            &memory, kPlaces * sizeof(uint32_t), cudaHostAllocPortable),
-        "cudaHostAlloc");
-    places_ = static_cast<uint32_t*>(memory);
-  }
-  ~HostWrites() {
-    warnCuda(cudaStreamDestroy(stream_), "cudaStreamDestroy");
-    warnCuda(cudaFreeHost(places_), "cudaFreeHost");
-  }
-  HostWrites(const HostWrites&) = delete;
-  HostWrites& operator=(const HostWrites&) = delete;
-
-  void write(uint32_t* to, uint32_t value) noexcept {
-    const std::lock_guard lock(mutex_);
-    if (next_ == kPlaces) {
-      warnCuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
-      next_ = 0;
-    }
-    uint32_t* place = places_ + next_++;
-    *place = value;
-    warnCuda(
-        cudaMemcpyAsync(to, place, sizeof(value), cudaMemcpyDefault, stream_),
-        "cudaMemcpyAsync");
-  }
-
- private:
-  static constexpr size_t kPlaces = 1024;
-
-  std::mutex mutex_;
-  cudaStream_t stream_ = nullptr;
-  uint32_t* places_ = nullptr;
-  size_t next_ = 0;
-};
-
 class CudaDevice : public Device {
  public:
-  explicit CudaDevice(int ordinal)
-      : context_(ordinal), flags_(ordinal), memory_(ordinal) {
+  explicit CudaDevice(int ordinal) : context_(ordinal), memory_(ordinal) {
     const CurrentContext current(context_);
-    hostWrites_.emplace();
     cudaDeviceProp properties;
     checkCuda(
         cudaGetDeviceProperties(&properties, ordinal),
@@ -89,15 +43,15 @@ class CudaDevice : public Device {
     name_ = concat(properties.name, " (", ordinal, ")");
   }
 
-  ~CudaDevice() override {
-    quietly([&] { hostWrites_.reset(); });
-  }
-
   std::string name() const override { return name_; }
 
   std::byte* allocate(size_t bytes) override {
     const CurrentContext current(context_);
-    return memory_.allocate(bytes);
+    return allocateOrMakeRoom([&] { return memory_.allocate(bytes); });
+  }
+  std::byte* allocateShared(size_t bytes) override {
+    const CurrentContext current(context_);
+    return allocateOrMakeRoom([&] { return memory_.allocateShared(bytes); });
   }
   void free(std::byte* memory) noexcept override {
     quietly([&] { memory_.free(memory); });
@@ -111,6 +65,23 @@ class CudaDevice : public Device {
   }
   void freeHost(std::byte* memory) noexcept override {
     quietly([&] { warnCuda(cudaFreeHost(memory), "cudaFreeHost"); });
+  }
+  std::byte* mapHost(std::byte* pages, size_t bytes) override {
+    const CurrentContext current(context_);
+    checkCuda(
+        cudaHostRegister(
+            pages, bytes, cudaHostRegisterMapped | cudaHostRegisterPortable),
+        "cudaHostRegister");
+    void* address = nullptr;
+    const cudaError_t result = cudaHostGetDevicePointer(&address, pages, 0);
+    if (result != cudaSuccess) {
+      warnCuda(cudaHostUnregister(pages), "cudaHostUnregister");
+    }
+    checkCuda(result, "cudaHostGetDevicePointer");
+    return static_cast<std::byte*>(address);
+  }
+  void unmapHost(std::byte* pages) noexcept override {
+    quietly([&] { warnCuda(cudaHostUnregister(pages), "cudaHostUnregister"); });
   }
   Handle exportMemory(std::byte* memory) override {
     const CurrentContext current(context_);
@@ -214,16 +185,18 @@ class CudaDevice : public Device {
     checkCuda(cudaGetLastError(), "the launch of a kernel");
   }
 
-  void setFlag(Stream stream, uint32_t* flag, uint32_t value) override {
+  void setFlags(Stream stream, std::span<uint32_t* const> flags, uint32_t value)
+      override {
     const CurrentContext current(context_);
-    flags_.set(cudaStream(stream), flag, value);
+    flags_.set(cudaStream(stream), flags, value);
   }
-  void awaitFlag(Stream stream, uint32_t* flag, uint32_t value) override {
+  void awaitFlags(
+      Stream stream,
+      std::span<uint32_t* const> flags,
+      uint32_t value,
+      uint32_t next) override {
     const CurrentContext current(context_);
-    flags_.await(cudaStream(stream), flag, value);
-  }
-  void setFlagNow(uint32_t* flag, uint32_t value) noexcept override {
-    quietly([&] { hostWrites_->write(flag, value); });
+    flags_.await(cudaStream(stream), flags, value, next);
   }
 
  private:
@@ -233,7 +206,7 @@ class CudaDevice : public Device {
       const CurrentContext current(context_);
       action();
     } catch (const std::exception& error) {
-      log(LogLevel::kWarn, error.what());
+      log(LogLevel::kWarn, concat(name_, ": ", error.what()));
     }
   }
 
@@ -241,7 +214,6 @@ class CudaDevice : public Device {
   std::string name_;
   const CudaFlags flags_;
   CudaMemory memory_;
-  std::optional<HostWrites> hostWrites_;
 };
 
 }  // namespace
@@ -255,15 +227,35 @@ CudaDeviceResult makeCudaDevice(int ordinal) {
   return {std::make_unique<CudaDevice>(facts.ordinal), ""};
 }
 
+bool isCapturingCuda(Device::Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(cudaStream(stream), &status) != cudaSuccess) {
+    cudaGetLastError();
+    return true;
+  }
+  return status != cudaStreamCaptureStatusNone;
+}
+
+bool hasHappenedCuda(Device::Event event) {
+  // Else a capture by this thread would take the question for unsafe.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  const bool happened = cudaEventQuery(cudaEvent(event)) == cudaSuccess;
+  cudaGetLastError();
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  return happened;
+}
+
 std::unique_ptr<DeviceNetwork> makeCudaNetwork(
     int ordinal,
     const NcclFunctions& functions,
     const NcclId& id,
     NcclNetwork::Place place,
-    std::chrono::milliseconds timeout) {
+    std::chrono::milliseconds timeout,
+    int maxCtas) {
   const CudaContext context(ordinal);
   const CurrentContext current(context);
-  return std::make_unique<NcclNetwork>(functions, id, place, timeout);
+  return std::make_unique<NcclNetwork>(functions, id, place, timeout, maxCtas);
 }
 
 }  // namespace automoe

@@ -22,12 +22,19 @@ struct CudaDeviceResult {
 /// Throws DeviceError for one that is there, but cannot be used.
 CudaDeviceResult makeCudaDevice(int ordinal);
 
+/// Whether what is enqueued on it is recorded into a graph, or may not even be
+/// asked about that now.
+bool isCapturingCuda(Device::Stream stream);
+/// Of an event of torch's; not to be asked of one that a capture has recorded.
+bool hasHappenedCuda(Device::Event event);
+
 /// Collective, see NcclNetwork; of that device. Throws DeviceError.
 std::unique_ptr<DeviceNetwork> makeCudaNetwork(
     int ordinal,
     const NcclFunctions& functions,
     const NcclId& id,
     NcclNetwork::Place place,
-    std::chrono::milliseconds timeout);
+    std::chrono::milliseconds timeout,
+    int maxCtas);
 
 }  // namespace automoe

@@ -1,55 +1,84 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "process_group/device/cuda_flags.hpp"
 
+#include <algorithm>
+#include <vector>
+
 #include "process_group/device/cuda_driver.hpp"
 
 namespace automoe {
 namespace {
 
-// Since then, no option of the driver is needed for them.
+constexpr const char* kBatch = "cuStreamBatchMemOp";
+// Since then, no option of the driver is needed for it.
 constexpr unsigned kSince = 11070;
+// The driver takes less than 256 at once.
+constexpr size_t kMostAtOnce = 128;
 
-CUdeviceptr addressOf(uint32_t* flag) {
-  return reinterpret_cast<CUdeviceptr>(flag);
+CUstreamBatchMemOpParams makeSet(uint32_t* flag, uint32_t value) {
+  CUstreamBatchMemOpParams params = {};
+  params.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32;
+  params.writeValue.address = reinterpret_cast<CUdeviceptr>(flag);
+  params.writeValue.value = value;
+  // The default has the barrier that orders it after the stream's writes.
+  params.writeValue.flags = CU_STREAM_WRITE_VALUE_DEFAULT;
+  return params;
+}
+
+CUstreamBatchMemOpParams makeAwait(uint32_t* flag, uint32_t value) {
+  CUstreamBatchMemOpParams params = {};
+  params.waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_32;
+  params.waitValue.address = reinterpret_cast<CUdeviceptr>(flag);
+  params.waitValue.value = value;
+  params.waitValue.flags = CU_STREAM_WAIT_VALUE_EQ;
+  return params;
 }
 
 }  // namespace
 
-CudaFlags::CudaFlags(int ordinal) {
-  CUresult (*getDevice)(CUdevice*, int) = nullptr;
-  CUresult (*getAttribute)(int*, CUdevice_attribute, CUdevice) = nullptr;
-  findDriverFunction("cuStreamWriteValue32", kSince, write_);
-  findDriverFunction("cuStreamWaitValue32", kSince, wait_);
-  findDriverFunction("cuDeviceGet", 2000, getDevice);
-  findDriverFunction("cuDeviceGetAttribute", 2000, getAttribute);
-  CUdevice device = 0;
-  checkDriver(getDevice(&device, ordinal), "cuDeviceGet");
-  int flushes = 0;
-  const auto attribute = CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES;
-  checkDriver(
-      getAttribute(&flushes, attribute, device), "cuDeviceGetAttribute");
-  if (flushes != 0) {
-    // What a peer wrote here before the flag is then seen after it.
-    waitMode_ |= CU_STREAM_WAIT_VALUE_FLUSH;
-  }
+CudaFlags::CudaFlags() {
+  findDriverFunction(kBatch, kSince, batch_);
 }
 
-void CudaFlags::set(cudaStream_t stream, uint32_t* flag, uint32_t value) const {
-  // The default has the barrier that orders it after the stream's writes.
-  checkDriver(
-      write_(stream, addressOf(flag), value, CU_STREAM_WRITE_VALUE_DEFAULT),
-      "cuStreamWriteValue32");
+void CudaFlags::set(
+    cudaStream_t stream,
+    std::span<uint32_t* const> flags,
+    uint32_t value) const {
+  std::vector<CUstreamBatchMemOpParams> all;
+  for (uint32_t* flag : flags) {
+    all.push_back(makeSet(flag, value));
+  }
+  enqueue(stream, all);
 }
 
 void CudaFlags::await(
-    cudaStream_t stream, uint32_t* flag, uint32_t value) const {
-  checkDriver(
-      wait_(stream, addressOf(flag), value, waitMode_), "cuStreamWaitValue32");
+    cudaStream_t stream,
+    std::span<uint32_t* const> flags,
+    uint32_t value,
+    uint32_t next) const {
+  std::vector<CUstreamBatchMemOpParams> all;
+  for (uint32_t* flag : flags) {
+    all.push_back(makeAwait(flag, value));
+    if (next != value) {
+      all.push_back(makeSet(flag, next));
+    }
+  }
+  enqueue(stream, all);
+}
+
+void CudaFlags::enqueue(
+    cudaStream_t stream, std::span<CUstreamBatchMemOpParams> all) const {
+  for (size_t begin = 0; begin < all.size(); begin += kMostAtOnce) {
+    const auto part =
+        all.subspan(begin, std::min(kMostAtOnce, all.size() - begin));
+    checkDriver(
+        batch_(stream, static_cast<unsigned>(part.size()), part.data(), 0),
+        kBatch);
+  }
 }
 
 bool cudaFlagsSupported() noexcept {
-  return findDriverFunction("cuStreamWriteValue32", kSince) != nullptr &&
-         findDriverFunction("cuStreamWaitValue32", kSince) != nullptr;
+  return findDriverFunction(kBatch, kSince) != nullptr;
 }
 
 }  // namespace automoe

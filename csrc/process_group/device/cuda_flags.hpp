@@ -1,28 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
-// Flags of streams: two functions of the driver, which is found at run time.
+// Flags of streams: a function of the driver, which is found at run time.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <span>
 
 namespace automoe {
 
 class CudaFlags {
  public:
   /// Throws DeviceError where the driver is too old for them.
-  explicit CudaFlags(int ordinal);
+  CudaFlags();
 
-  void set(cudaStream_t stream, uint32_t* flag, uint32_t value) const;
-  void await(cudaStream_t stream, uint32_t* flag, uint32_t value) const;
+  void set(
+      cudaStream_t stream,
+      std::span<uint32_t* const> flags,
+      uint32_t value) const;
+  /// They become `next`, one after the other.
+  void await(
+      cudaStream_t stream,
+      std::span<uint32_t* const> flags,
+      uint32_t value,
+      uint32_t next) const;
 
  private:
-  using Operation = CUresult(CUstream, CUdeviceptr, cuuint32_t, unsigned);
+  using Batch =
+      CUresult(CUstream, unsigned, CUstreamBatchMemOpParams*, unsigned);
 
-  Operation* write_ = nullptr;
-  Operation* wait_ = nullptr;
-  unsigned waitMode_ = CU_STREAM_WAIT_VALUE_EQ;
+  void enqueue(
+      cudaStream_t stream, std::span<CUstreamBatchMemOpParams> all) const;
+
+  Batch* batch_ = nullptr;
 };
 
 /// Whether CudaFlags can be made, without making them.

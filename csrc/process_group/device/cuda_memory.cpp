@@ -64,32 +64,36 @@ int ordinalOf(const cudaUUID_t& uuid) {
 CudaMemory::CudaMemory(int ordinal)
     : ordinal_(ordinal), uuid_(uuidOf(ordinal)) {}
 
-std::byte* CudaMemory::allocate(size_t bytes) {
-  const size_t whole =
-      (std::max(bytes, size_t{1}) + kBlock - 1) / kBlock * kBlock;
+std::byte* CudaMemory::allocate(size_t bytes) const {
   void* memory = nullptr;
-  const cudaError_t result = cudaMalloc(&memory, whole);
+  const cudaError_t result = cudaMalloc(&memory, std::max(bytes, size_t{1}));
   if (result == cudaErrorMemoryAllocation) {
     cudaGetLastError();
-    throw DeviceError(concat(
+    throw DeviceFullError(concat(
         "cudaMalloc of ",
-        whole,
+        bytes,
         " bytes failed: GPU ",
         ordinal_,
         " is full; use smaller batches, or leave torch less of its memory "
         "(torch.cuda.set_per_process_memory_fraction)"));
   }
   checkCuda(result, "cudaMalloc");
+  return static_cast<std::byte*>(memory);
+}
+
+std::byte* CudaMemory::allocateShared(size_t bytes) {
+  const size_t whole =
+      (std::max(bytes, size_t{1}) + kBlock - 1) / kBlock * kBlock;
+  std::byte* memory = allocate(whole);
   const std::lock_guard lock(mutex_);
-  auto* begin = static_cast<std::byte*>(memory);
-  allocated_[begin] = whole;
-  return begin;
+  shared_[memory] = whole;
+  return memory;
 }
 
 void CudaMemory::free(std::byte* memory) noexcept {
   {
     const std::lock_guard lock(mutex_);
-    allocated_.erase(memory);
+    shared_.erase(memory);
   }
   // It waits for the work of the device.
   warnCuda(cudaFree(memory), "cudaFree");
@@ -100,11 +104,11 @@ Device::Handle CudaMemory::exportMemory(const std::byte* memory) {
   std::byte* base = nullptr;
   {
     const std::lock_guard lock(mutex_);
-    auto next = allocated_.upper_bound(memory);
+    auto next = shared_.upper_bound(memory);
     AUTOMOE_CHECK(
-        next != allocated_.begin() &&
+        next != shared_.begin() &&
             memory < std::prev(next)->first + std::prev(next)->second,
-        "exportMemory got memory that is not of allocate()");
+        "exportMemory got memory that is not of allocateShared()");
     base = const_cast<std::byte*>(std::prev(next)->first);
   }
   checkCuda(cudaIpcGetMemHandle(&fields.memory, base), "cudaIpcGetMemHandle");
@@ -163,8 +167,14 @@ void CudaMemory::enablePeer(const cudaUUID_t& owner) const {
     return;
   }
   const int peer = ordinalOf(owner);
-  const cudaError_t result =
-      peer < 0 ? cudaErrorInvalidDevice : cudaDeviceEnablePeerAccess(peer, 0);
+  if (peer < 0) {
+    throw DeviceError(concat(
+        "GPU ",
+        ordinal_,
+        " is to use memory of another rank of this process, on a GPU that the "
+        "process does not see; let CUDA_VISIBLE_DEVICES name both"));
+  }
+  const cudaError_t result = cudaDeviceEnablePeerAccess(peer, 0);
   if (result == cudaErrorPeerAccessAlreadyEnabled) {
     cudaGetLastError();
     return;
@@ -181,7 +191,12 @@ void CudaMemory::closeMemory(std::byte* memory) noexcept {
     const std::lock_guard lock(mutex_);
     const auto found = opened_.find(memory);
     if (found == opened_.end()) {
-      log(LogLevel::kWarn, "closeMemory got memory that is not open");
+      log(LogLevel::kWarn,
+          concat(
+              "GPU ",
+              ordinal_,
+              ": closeMemory got memory that is not open: ",
+              static_cast<const void*>(memory)));
       return;
     }
     base = found->second.base;

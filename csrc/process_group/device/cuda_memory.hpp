@@ -16,9 +16,10 @@ class CudaMemory {
  public:
   explicit CudaMemory(int ordinal);
 
-  std::byte* allocate(size_t bytes);
+  std::byte* allocate(size_t bytes) const;
+  std::byte* allocateShared(size_t bytes);
   void free(std::byte* memory) noexcept;
-  /// `memory` may lie within what allocate() returned.
+  /// `memory` may lie within what allocateShared() returned.
   Device::Handle exportMemory(const std::byte* memory);
   std::byte* openMemory(const Device::Handle& handle);
   void closeMemory(std::byte* memory) noexcept;
@@ -34,7 +35,7 @@ class CudaMemory {
   const int ordinal_;
   cudaUUID_t uuid_ = {};
   std::mutex mutex_;
-  std::map<const std::byte*, size_t> allocated_;
+  std::map<const std::byte*, size_t> shared_;
   std::map<std::byte*, Opened> opened_;
 };
 

@@ -9,6 +9,7 @@
 #include <functional>
 #include <span>
 #include <string>
+#include <utility>
 
 #include "kernels/device_kernels.hpp"
 #include "process_group/common/error.hpp"
@@ -19,6 +20,12 @@ namespace automoe {
 class DeviceError : public Error {
  public:
   using Error::Error;
+};
+
+/// The device has no memory left for an allocation.
+class DeviceFullError : public DeviceError {
+ public:
+  using DeviceError::DeviceError;
 };
 
 /// Work of a stream runs in the order in which it was enqueued; work of two
@@ -36,15 +43,29 @@ class Device {
 
   // Memory.
 
-  /// Aligned to 256 bytes. What is in it is not defined.
+  /// `hook` gives memory of the device back, such as what a cache of this
+  /// process holds. It is called when the device is full, before allocate() is
+  /// tried for a second time. To be set before other threads use the device.
+  void setMemoryHook(std::function<void()> hook) {
+    memoryHook_ = std::move(hook);
+  }
+  /// Aligned to 256 bytes. What is in it is not defined. Throws
+  /// DeviceFullError where the device is full.
   virtual std::byte* allocate(size_t bytes) = 0;
+  /// The same for memory that exportMemory() takes; a lot for each piece.
+  virtual std::byte* allocateShared(size_t bytes) = 0;
   /// Waits until no work of the device uses it. Those who have opened it have
   /// closed it before.
   virtual void free(std::byte* memory) noexcept = 0;
   /// Page-locked memory of the host, which copy() takes as well.
   virtual std::byte* allocateHost(size_t bytes) = 0;
   virtual void freeHost(std::byte* memory) noexcept = 0;
-  /// By which another rank of this node opens memory of allocate().
+  /// Makes whole pages of the host's memory, which other processes may have
+  /// mapped too, memory for flags. Returns the address for the methods below.
+  virtual std::byte* mapHost(std::byte* pages, size_t bytes) = 0;
+  /// No work of the device uses them any more. `pages` as for mapHost().
+  virtual void unmapHost(std::byte* pages) noexcept = 0;
+  /// By which another rank of this node opens memory of allocateShared().
   struct Handle {
     std::array<std::byte, 128> bytes = {};
   };
@@ -83,17 +104,47 @@ class Device {
   virtual void run(
       Stream stream, std::function<void(kernels::DeviceStream)> launch) = 0;
 
-  // Flags: words of memory that streams of two processes meet at. They are
-  // aligned to 4 bytes and begin as zero (the caller clears them).
+  // Flags: words that streams of two processes, and their hosts, meet at. They
+  // are aligned to 4 bytes and begin as zero (the caller clears them). The
+  // host writes them by atomic stores, which end waits whatever streams do.
 
-  /// Writes the flag when what is on the stream by now is done; whoever sees
-  /// it sees that work's writes too.
-  virtual void setFlag(Stream stream, uint32_t* flag, uint32_t value) = 0;
-  /// What comes on the stream from now on begins when the flag has the value;
-  /// one that is overwritten before it is looked at is lost.
-  virtual void awaitFlag(Stream stream, uint32_t* flag, uint32_t value) = 0;
-  /// From the host, whatever streams do: to end waits when a peer has failed.
-  virtual void setFlagNow(uint32_t* flag, uint32_t value) noexcept = 0;
+  /// Writes the flags when what is on the stream by now is done; whoever sees
+  /// one sees that work's writes too.
+  virtual void setFlags(
+      Stream stream, std::span<uint32_t* const> flags, uint32_t value) = 0;
+  /// What comes on the stream from now on begins when each flag has had the
+  /// value; a value that is overwritten before it is looked at is lost. Then
+  /// the flag becomes `next`.
+  virtual void awaitFlags(
+      Stream stream,
+      std::span<uint32_t* const> flags,
+      uint32_t value,
+      uint32_t next) = 0;
+  void setFlag(Stream stream, uint32_t* flag, uint32_t value) {
+    setFlags(stream, {&flag, 1}, value);
+  }
+  void awaitFlag(Stream stream, uint32_t* flag, uint32_t value) {
+    awaitFlags(stream, {&flag, 1}, value, value);
+  }
+
+ protected:
+  /// What `allocate` returns, called again after the hook if the device is
+  /// full.
+  template <typename Allocate>
+  std::byte* allocateOrMakeRoom(const Allocate& allocate) const {
+    try {
+      return allocate();
+    } catch (const DeviceFullError&) {
+      if (!memoryHook_) {
+        throw;
+      }
+    }
+    memoryHook_();
+    return allocate();
+  }
+
+ private:
+  std::function<void()> memoryHook_;
 };
 
 /// Transfers between devices of different nodes.
@@ -119,6 +170,9 @@ class DeviceNetwork {
       Device::Stream stream,
       std::span<const Send> sends,
       std::span<const Receive> receives) = 0;
+  /// A graph has what was enqueued: neither the end nor abort() waits until it
+  /// is gone.
+  virtual void keepForGraphs() noexcept {}
   /// Ends what is under way, because a peer has failed; later calls throw.
   /// Thread-safe; does not block.
   virtual void abort() noexcept = 0;

@@ -28,8 +28,6 @@ class NodeProbe {
     }
   }
 
-  bool sharesDevice() const { return pairs_.contains(PairPath::kSameDevice); }
-
   /// Why they cannot, or nothing.
   std::string obstacle() const {
     for (const PairPath path : {PairPath::kNoPeerAccess, PairPath::kUnknown}) {
@@ -82,6 +80,15 @@ class NodeProbe {
   Ranks ranks_;
   std::map<PairPath, std::vector<std::string>> pairs_;
 };
+
+/// Whether two ranks do, of one node or of containers on one machine.
+bool shareDevice(const Ranks& ranks) {
+  std::set<DeviceUuid> seen;
+  return !std::all_of(
+      ranks.begin(), ranks.end(), [&](const DeviceFacts* facts) {
+        return seen.insert(facts->uuid).second;
+      });
+}
 
 /// Why the ranks cannot use NCCL together, or nothing.
 std::string ncclObstacle(const Ranks& ranks, bool shared) {
@@ -179,19 +186,17 @@ std::string explainAbsence(
 /// Sets what follows from the nodes and from NCCL; every rank has a device.
 void chooseDirect(
     const Ranks& all, const std::map<int, Ranks>& nodes, DeviceChoice& choice) {
-  bool shared = false;
   size_t index = 0;
   for (const auto& [node, members] : nodes) {
     const NodeProbe probe(node, members);
     const std::string why = probe.obstacle();
-    shared = shared || probe.sharesDevice();
     choice.nodeMemory[index++] = why.empty();
     if (choice.obstacle.empty() && !why.empty()) {
       choice.obstacle = concat("on node ", node, ", ", why);
     }
     probe.explain(choice.lines);
   }
-  const std::string why = ncclObstacle(all, shared);
+  const std::string why = ncclObstacle(all, shareDevice(all));
   choice.nccl = why.empty();
   if (choice.nccl) {
     choice.lines.push_back(concat(

@@ -11,7 +11,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Functions = NcclFunctions;
 
-static_assert(sizeof(Functions::Config) == 24, "the layout of NCCL 2.14");
+static_assert(sizeof(Functions::Config) == 40, "the layout of NCCL 2.17");
 static_assert(sizeof(Functions::Id) == sizeof(NcclId));
 
 // Calls settle within some tens of microseconds, unless a peer is late.
@@ -87,11 +87,17 @@ NcclNetwork::NcclNetwork(
     const NcclFunctions& functions,
     const NcclId& id,
     Place place,
-    std::chrono::milliseconds timeout)
+    std::chrono::milliseconds timeout,
+    int maxCtas)
     : functions_(functions), place_(place), timeout_(timeout) {
   Functions::Id ncclId;
   std::memcpy(ncclId.bytes.data(), id.data(), id.size());
   Functions::Config config;
+  if (maxCtas > 0) {
+    config.size = sizeof(config);
+    config.version = 21700;
+    config.maxCtas = maxCtas;
+  }
   const int result = functions_.commInitRankConfig(
       &communicator_, place.size, ncclId, place.rank, &config);
   try {
@@ -114,10 +120,27 @@ NcclNetwork::~NcclNetwork() {
   if (communicator_ == nullptr) {
     return;
   }
-  if (failure_.empty() && finalized()) {
+  if (inGraphs_) {
+    end(communicator_);
+  } else if (failure_.empty() && finalized()) {
     functions_.commDestroy(communicator_);
   } else {
     functions_.commAbort(communicator_);
+  }
+}
+
+/// Aborts it on a thread of its own: NCCL waits until kernels on the device
+/// have seen it, and until no graph has calls of the communicator. That may be
+/// never, as the caller may be who has the graph, so nobody waits for it then.
+void NcclNetwork::end(Functions::Communicator communicator) noexcept {
+  try {
+    aborting_ = std::thread(
+        [abort = functions_.commAbort, communicator] { abort(communicator); });
+    if (inGraphs_) {
+      aborting_.detach();
+    }
+  } catch (const std::exception&) {
+    functions_.commAbort(communicator);
   }
 }
 
@@ -246,18 +269,15 @@ void NcclNetwork::abort() noexcept {
   if (communicator_ == nullptr) {
     return;
   }
-  const auto communicator = communicator_;
-  communicator_ = nullptr;
-  try {
-    if (failure_.empty()) {
-      failure_ = "the NCCL communicator was aborted";
-    }
-    // It waits until kernels on the device have seen it.
-    aborting_ = std::thread(
-        [this, communicator] { functions_.commAbort(communicator); });
-  } catch (const std::exception&) {
-    functions_.commAbort(communicator);
+  if (failure_.empty()) {
+    failure_ = concat(
+        "the NCCL communicator of rank ",
+        place_.rank,
+        " of ",
+        place_.size,
+        " was aborted, because its group has failed");
   }
+  end(std::exchange(communicator_, nullptr));
 }
 
 std::string NcclNetwork::failure() {

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <chrono>
+#include <climits>
 #include <cstddef>
 #include <mutex>
 #include <string>
@@ -20,13 +22,17 @@ struct NcclFunctions {
   struct Id {
     std::array<char, 128> bytes = {};
   };
-  /// ncclConfig_t as of 2.14. Later versions read no more of it than `size`
-  /// and `version` say.
+  /// ncclConfig_t as of 2.17, told to be that of 2.14, which ends after
+  /// `blocking`. No version reads more of it than `size` and `version` say.
   struct Config {
-    size_t size = sizeof(Config);
+    size_t size = 24;
     unsigned magic = 0xcafebeef;
     unsigned version = 21400;
     int blocking = 0;
+    int cgaClusterSize = INT_MIN;  // undefined
+    int minCtas = INT_MIN;
+    int maxCtas = INT_MIN;
+    const char* netName = nullptr;
   };
 
   static constexpr int kSuccess = 0;
@@ -90,14 +96,16 @@ class NcclNetwork : public DeviceNetwork {
 
   /// Collective: returns when all ranks are there. The device of this rank is
   /// current. `timeout` is of this call, of each exchange until it is
-  /// enqueued, and of the end. Throws DeviceError.
+  /// enqueued, and of the end. `maxCtas`: the most thread blocks of a kernel, 0
+  /// for no limit; NCCL before 2.17 knows none. Throws DeviceError.
   NcclNetwork(
       const NcclFunctions& functions,
       const NcclId& id,
       Place place,
-      std::chrono::milliseconds timeout);
+      std::chrono::milliseconds timeout,
+      int maxCtas = 0);
   /// The streams have passed all exchanges. Waits for the peers to come here
-  /// too.
+  /// too, unless a graph has exchanges.
   ~NcclNetwork() override;
   NcclNetwork(const NcclNetwork&) = delete;
   NcclNetwork& operator=(const NcclNetwork&) = delete;
@@ -106,6 +114,7 @@ class NcclNetwork : public DeviceNetwork {
       Device::Stream stream,
       std::span<const Send> sends,
       std::span<const Receive> receives) override;
+  void keepForGraphs() noexcept override { inGraphs_ = true; }
   void abort() noexcept override;
   std::string failure() override;
 
@@ -118,6 +127,7 @@ class NcclNetwork : public DeviceNetwork {
   void requireHealthy() const;
   [[noreturn]] void fail(const char* call, int result);
   bool finalized() noexcept;
+  void end(NcclFunctions::Communicator communicator) noexcept;
 
   const NcclFunctions functions_;
   const Place place_;
@@ -127,6 +137,7 @@ class NcclNetwork : public DeviceNetwork {
   NcclFunctions::Communicator communicator_ = nullptr;  // null: aborted
   std::string failure_;
   std::thread aborting_;
+  std::atomic<bool> inGraphs_ = false;
 };
 
 }  // namespace automoe

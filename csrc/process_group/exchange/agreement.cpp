@@ -8,6 +8,12 @@
 namespace automoe {
 namespace {
 
+// Bits of graphUseOf().
+constexpr uint32_t kCaptured = 1;
+constexpr uint32_t kFenced = 2;
+// Above them: wireUseOf().
+constexpr unsigned kWireShift = 8;
+
 std::string amount(uint64_t bytes, uint32_t elementBytes) {
   return concat(
       bytes,
@@ -126,6 +132,64 @@ std::string findRowDisagreement(
         "bytes of scalars beside a row: ",
         static_cast<int>(low.scalarBytes),
         static_cast<int>(high.scalarBytes));
+  }
+  return "";
+}
+
+uint32_t wireUseOf(DeviceWire wire) {
+  return static_cast<uint32_t>(wire) << kWireShift;
+}
+
+std::string findWireDisagreement(const Record& theirs, const Record& own) {
+  const auto [low, high] = inOrder(theirs, own);
+  const auto wireOf = [](const Record& it) {
+    return nameOf(static_cast<DeviceWire>(it.rows >> kWireShift));
+  };
+  if (low.rows >> kWireShift == high.rows >> kWireShift) {
+    return "";
+  }
+  return concat(
+      "rank ",
+      low.source,
+      " sends rows between nodes ",
+      wireOf(low),
+      ", rank ",
+      high.source,
+      " ",
+      wireOf(high),
+      "; they must agree");
+}
+
+uint32_t graphUseOf(bool captured, bool fenced) {
+  return (captured ? kCaptured : 0U) | (fenced ? kFenced : 0U);
+}
+
+std::string findGraphDisagreement(const Record& theirs, const Record& own) {
+  const auto [low, high] = inOrder(theirs, own);
+  if (((low.rows ^ high.rows) & kCaptured) != 0) {
+    const auto does = [](const Record& it) {
+      return (it.rows & kCaptured) != 0 ? " captures this call into a graph"
+                                        : " does not";
+    };
+    const bool lowFirst = (low.rows & kCaptured) != 0;
+    const Record& first = lowFirst ? low : high;
+    const Record& second = lowFirst ? high : low;
+    return concat(
+        "rank ",
+        first.source,
+        does(first),
+        ", rank ",
+        second.source,
+        does(second),
+        "; all ranks must capture the same calls, and replay them together");
+  }
+  if (low.rows != high.rows) {
+    return difference(
+        low,
+        high,
+        "fenced: ",
+        (low.rows & kFenced) != 0 ? "yes" : "no",
+        (high.rows & kFenced) != 0 ? "yes" : "no");
   }
   return "";
 }

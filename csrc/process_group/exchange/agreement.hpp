@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "process_group/exchange/device_wire.hpp"
 #include "process_group/exchange/record.hpp"
 
 namespace automoe {
@@ -30,6 +31,17 @@ std::string findDisagreement(
 /// row, bytes of a weight, dtype.
 std::string findRowDisagreement(
     const Record& theirs, const Record& own, const char* (*dtypeName)(uint8_t));
+
+/// What rows of a call on a device become between nodes, a part of `rows` of
+/// its record.
+uint32_t wireUseOf(DeviceWire wire);
+/// The same for that.
+std::string findWireDisagreement(const Record& theirs, const Record& own);
+
+/// How a call on a device is made, the rest of `rows`.
+uint32_t graphUseOf(bool captured, bool fenced);
+/// The same for that.
+std::string findGraphDisagreement(const Record& theirs, const Record& own);
 
 /// The same for a message: the record that has come, and the one that this rank
 /// would have sent in its place.

@@ -88,13 +88,19 @@ void DeviceCall::describe(Record& record) const {
   record.elementBytes = facts_.weightBytes;
   record.scalarBytes = facts_.scalarBytes;
   record.layout = facts_.layout;
+  record.rows =
+      graphUseOf(facts_.captured, facts_.fenced) | wireUseOf(facts_.wire);
 }
 
 std::string DeviceCall::disagreement(const Record& theirs) const {
   Record own;
   describe(own);
   own.source = group_.topology().rank();
-  return findRowDisagreement(theirs, own, facts_.dtypeName);
+  std::string text = findRowDisagreement(theirs, own, facts_.dtypeName);
+  if (text.empty()) {
+    text = findWireDisagreement(theirs, own);
+  }
+  return text.empty() ? findGraphDisagreement(theirs, own) : text;
 }
 
 }  // namespace automoe

@@ -6,6 +6,7 @@
 #include <functional>
 #include <string>
 
+#include "process_group/exchange/device_wire.hpp"
 #include "process_group/exchange/multicast.hpp"
 
 namespace automoe {
@@ -18,14 +19,17 @@ struct DeviceCallFacts {
   uint32_t weightBytes = 0;
   uint8_t scalarBytes = 0;
   uint16_t layout = 0;
+  bool captured = false;  // into a graph
+  bool fenced = false;
+  DeviceWire wire = DeviceWire::kAsIs;
   const char* (*dtypeName)(uint8_t) = nullptr;
 };
 
 /// How a call asks and tells whoever enqueued its work, under the engine's
 /// lock.
 struct DeviceStreams {
-  /// Asked every few milliseconds, until true. What it throws, as an Error,
-  /// fails the group.
+  /// Asked every ten milliseconds, until true. Must not block, and so not call
+  /// the device. What it throws, as an Error, fails the group.
   std::function<bool()> happened;
   std::function<void()> failed;  // once, if the group fails before that
 };

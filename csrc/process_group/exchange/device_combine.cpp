@@ -21,18 +21,17 @@ class DeviceCombine {
   DeviceCombine(
       const DeviceLane& lane,
       const DeviceRoute& lists,
-      const Route& route,
       const CombineArguments& arguments)
       : lane_(lane),
         on_(lists),
         lists_(lists.lists()),
-        route_(route),
         arguments_(arguments),
         self_(static_cast<size_t>(lane.topology.localRank())),
-        own_(lists_.landed[static_cast<size_t>(route.rank())]),
+        own_(lists_.landed[static_cast<size_t>(lists_.rank)]),
         columns_(columnsOf(arguments)),
         outgoing_(columns_, landed(lists_.areas[self_])),
-        incoming_(columns_, {route.numSendRows(), 0, lists_.sendSlots.count}) {}
+        incoming_(columns_, {lists_.numSendRows(), 0, lists_.sendSlots.count}) {
+  }
 
   void enqueue();
 
@@ -59,7 +58,6 @@ class DeviceCombine {
   const DeviceLane& lane_;
   const DeviceRoute& on_;
   const RouteLists& lists_;
-  const Route& route_;
   const CombineArguments& arguments_;
   const size_t self_;
   const RouteLists::Landed& own_;  // of this rank's own tokens
@@ -111,9 +109,10 @@ void DeviceCombine::run(const kernels::GatherRows& call) const {
 void DeviceCombine::stage() const {
   for (size_t i = 0; i < columns_.size(); ++i) {
     kernels::GatherRows call;
-    call.count = lists_.stageRows.count;
+    call.count = lists_.areas[self_].stageRows;
     call.rowBytes = columns_[i].bytes;
-    call.index = on_.at(lists_.stageRows);
+    call.index =
+        lists_.stageRows.count > 0 ? on_.at(lists_.stageRows) : nullptr;
     call.from.at[0] = columns_[i].from;
     if (call.count > 0) {
       call.to = lane_.memory.arena(self_) + areas_[self_].offset(i);
@@ -141,6 +140,8 @@ void DeviceCombine::sumLanded(size_t begin, size_t end, std::byte* to) const {
   call.count = end - begin;
   call.elements = arguments_.elements;
   call.termBegin = on_.at(lists_.termBegins, begin);
+  call.termEnd =
+      lists_.termEnds.count > 0 ? on_.at(lists_.termEnds, begin) : nullptr;
   call.base = on_.at(lists_.termBases);
   call.index = on_.at(lists_.termRows);
   call.rows = staged(kRows);
@@ -169,10 +170,10 @@ void DeviceCombine::takeScalars(size_t begin, size_t end, std::byte* to) const {
 
 /// Where the sums for this rank's own tokens go.
 std::byte* DeviceCombine::ownSlice(size_t column) const {
-  const size_t row = route_.sendBegin(route_.node());
+  const auto node = static_cast<size_t>(lane_.topology.node());
   return column == kRows
-             ? rows_ + row * arguments_.rowBytes()
-             : scalars_ + route_.sendSlotBegin(row) * columns_[kScalars].bytes;
+             ? rows_ + lists_.sendRowBegin[node] * arguments_.rowBytes()
+             : scalars_ + lists_.sendSlotBegin[node] * columns_[kScalars].bytes;
 }
 
 void DeviceCombine::makeSums() const {
@@ -218,10 +219,11 @@ void DeviceCombine::sendAndReceive() const {
   for (int hop = 1; hop < topology.numNodes(); ++hop) {
     const int node = (topology.node() + hop) % topology.numNodes();
     const int peer = topology.railPeer(node);
-    const size_t begin = route_.sendBegin(node);
-    const size_t end = route_.sendBegin(node + 1);
-    const size_t first = route_.sendSlotBegin(begin);
-    const size_t slots = route_.sendSlotBegin(end) - first;
+    const auto at = static_cast<size_t>(node);
+    const size_t begin = lists_.sendRowBegin[at];
+    const size_t end = lists_.sendRowBegin[at + 1];
+    const size_t first = lists_.sendSlotBegin[at];
+    const size_t slots = lists_.sendSlotBegin[at + 1] - first;
     receives.push_back(
         {peer, rows_ + begin * rowBytes, (end - begin) * rowBytes});
     receives.push_back(
@@ -235,7 +237,7 @@ void DeviceCombine::sumTokens() const {
     kernels::ReduceRows call;
     call.dtype = arguments_.dtype;
     call.to = arguments_.out;
-    call.count = static_cast<size_t>(route_.numTokens());
+    call.count = lists_.numTokens;
     call.elements = arguments_.elements;
     call.termBegin = on_.at(lists_.tokenBegins);
     call.index = on_.at(lists_.tokenTerms);
@@ -263,9 +265,8 @@ void DeviceCombine::sumTokens() const {
 void enqueueCombine(
     const DeviceLane& lane,
     const DeviceRoute& lists,
-    const Route& route,
     const CombineArguments& arguments) {
-  DeviceCombine(lane, lists, route, arguments).enqueue();
+  DeviceCombine(lane, lists, arguments).enqueue();
 }
 
 }  // namespace automoe

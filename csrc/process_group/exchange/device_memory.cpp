@@ -2,7 +2,6 @@
 #include "process_group/exchange/device_memory.hpp"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "process_group/common/error.hpp"
@@ -12,7 +11,20 @@ namespace {
 
 // Apart from the tags of users, which have 32 bits, and of barriers.
 constexpr uint64_t kHandleTag = uint64_t{1} << 33;
+constexpr uint64_t kGoodbyeTag = kHandleTag + 1;
 constexpr size_t kSmallestArena = size_t{1} << 20;
+
+void awaitMails(
+    Engine& engine, const std::vector<std::shared_ptr<PairOperation>>& mails) {
+  for (const auto& mail : mails) {
+    engine.wait(*mail, Engine::Clock::time_point::max());
+  }
+  for (const auto& mail : mails) {
+    if (mail->error() != nullptr) {
+      std::rethrow_exception(mail->error());
+    }
+  }
+}
 
 }  // namespace
 
@@ -25,53 +37,81 @@ DeviceBuffer::~DeviceBuffer() {
 std::byte* DeviceBuffer::atLeast(size_t bytes) {
   if (bytes > bytes_ || memory_.empty()) {
     const size_t grown = std::max({bytes, 2 * bytes_, size_t{256}});
-    memory_.push_back(device_.allocate(grown));
+    memory_.push_back(
+        use_ == Use::kShared ? device_.allocateShared(grown)
+                             : device_.allocate(grown));
     bytes_ = grown;
   }
   return memory_.back();
 }
 
-DeviceMemory::DeviceMemory(
-    Engine& engine,
-    Group& group,
-    Device& device,
-    Device::Stream stream,
-    std::chrono::milliseconds timeout)
+DeviceMemory::DeviceMemory(Engine& engine, Group& group, Device& device)
     : engine_(engine),
       group_(group),
       device_(device),
       self_(static_cast<size_t>(group.topology().localRank())),
-      arenas_(device),
-      flags_(device) {
+      arenas_(device, DeviceBuffer::Use::kShared) {
   const Topology& topology = group.topology();
   for (int rank : topology.ranksOf(topology.node())) {
     mates_.emplace_back().rank = rank;
   }
   capacities_.assign(mates_.size(), 0);
-  if (mates_.size() == 1) {
-    return;
-  }
-  const size_t bytes = numFlags() * sizeof(uint32_t);
-  auto* own = reinterpret_cast<uint32_t*>(flags_.atLeast(bytes));
-  mates_[self_].flags = own;
-  device.clear(stream, reinterpret_cast<std::byte*>(own), bytes);
-  device.synchronize(stream);  // before anybody else writes them
-  const auto handle = device.exportMemory(reinterpret_cast<std::byte*>(own));
-  std::vector<size_t> from(mates_.size());
-  std::iota(from.begin(), from.end(), size_t{0});
-  Handles received(mates_.size());
-  exchangeHandles(&handle, from, received, timeout);
-  forEachMate([&](size_t local, Mate& mate) {
-    mate.opened.push_back(device_.openMemory(received[local]));
-    mate.flags = reinterpret_cast<uint32_t*>(mate.opened.back());
-  });
 }
 
 DeviceMemory::~DeviceMemory() {
-  closeAll();
-  if (!left_ && mates_.size() > 1) {
+  if (!kept_) {
+    closeAll();
+  }
+  if (kept_ || (opened_ && !left_)) {
     arenas_.keepForEver();
-    flags_.keepForEver();
+    if (flags_.has_value()) {
+      flags_->keepForEver();
+    }
+  } else if (self_ == 0 && extent_.offset != 0) {
+    NodePages::giveBack(engine_.memory(), extent_);
+  }
+}
+
+DeviceMemory::Offer DeviceMemory::offer() {
+  Offer own;
+  if (mates_.size() == 1) {
+    return own;
+  }
+  std::byte* arena = arenas_.atLeast(kArenas * kSmallestArena);
+  mates_[self_].arena = arena;
+  own.arenas = device_.exportMemory(arena);
+  if (self_ == 0) {
+    ownPages_.emplace(
+        NodePages::make(engine_.memory(), DeviceFlags::bytesFor(flagsShape())));
+    extent_ = ownPages_->extent();
+    own.flags = ownPages_->offset();
+  }
+  return own;
+}
+
+void DeviceMemory::open(std::span<const Offer> offers) {
+  if (mates_.size() == 1) {
+    return;
+  }
+  opened_ = true;
+  capacities_.assign(mates_.size(), kSmallestArena);
+  if (!ownPages_.has_value()) {
+    const std::lock_guard lock(engine_.mutex());
+    ownPages_.emplace(NodePages::attach(
+        group_.mate(mates_[0].rank).segment(),
+        offers[0].flags,
+        DeviceFlags::bytesFor(flagsShape())));
+  }
+  flags_.emplace(device_, std::move(*ownPages_), flagsShape());
+  forEachMate([&](size_t local, Mate& mate) {
+    mate.opened.push_back(device_.openMemory(offers[local].arenas));
+    mate.arena = mate.opened.back();
+  });
+}
+
+void DeviceMemory::tryFlags(Device::Stream stream) {
+  if (flags_.has_value()) {
+    flags_->tryOwn(stream);
   }
 }
 
@@ -86,11 +126,20 @@ void DeviceMemory::closeAll() noexcept {
 
 void DeviceMemory::leave(std::chrono::milliseconds timeout) {
   closeAll();
-  const Device::Handle goodbye;  // empty
-  std::vector<size_t> from(mates_.size());
-  std::iota(from.begin(), from.end(), size_t{0});
-  Handles received(mates_.size());
-  exchangeHandles(&goodbye, from, received, timeout);
+  if (flags_.has_value() && !kept_) {
+    flags_->leave();
+  }
+  flags_.reset();
+  std::vector<std::shared_ptr<PairOperation>> goodbyes;
+  PairArguments goodbye;  // without bytes, so that no send waits for its mate
+  goodbye.tag = kGoodbyeTag;
+  goodbye.mayLapse = true;
+  forEachMate([&](size_t, Mate& mate) {
+    goodbye.peer = mate.rank;
+    goodbyes.push_back(group_.receive(goodbye, timeout, {}));
+    group_.send(goodbye, timeout, {});
+  });
+  awaitMails(engine_, goodbyes);
   left_ = true;
 }
 
@@ -174,50 +223,44 @@ void DeviceMemory::exchangeHandles(
   if (own != nullptr) {
     forEachMate([&](size_t, Mate& mate) { post(true, mate.rank, *own); });
   }
-  for (const auto& mail : mails) {
-    engine_.wait(*mail, Engine::Clock::time_point::max());
-  }
-  for (const auto& mail : mails) {
-    if (mail->error() != nullptr) {
-      std::rethrow_exception(mail->error());
-    }
-  }
-}
-
-void DeviceMemory::set(Device::Stream stream, size_t row) {
-  forEachMate([&](size_t, Mate& mate) {
-    device_.setFlag(stream, mate.flags + row * mates_.size() + self_, 1);
-  });
-}
-
-void DeviceMemory::await(Device::Stream stream, size_t row) {
-  forEachMate([&](size_t local, Mate&) {
-    uint32_t* flag = mates_[self_].flags + row * mates_.size() + local;
-    device_.awaitFlag(stream, flag, 1);
-    device_.setFlag(stream, flag, 0);
-  });
+  awaitMails(engine_, mails);
 }
 
 void DeviceMemory::setReady(Device::Stream stream) {
-  set(stream, which_);
+  if (flags_.has_value()) {
+    flags_->set(stream, which_);
+  }
 }
 
 void DeviceMemory::awaitReady(Device::Stream stream) {
-  await(stream, which_);
+  if (flags_.has_value()) {
+    flags_->await(stream, which_);
+  }
 }
 
 void DeviceMemory::fence(Device::Stream stream, Fence which) {
-  const size_t row = kArenas + static_cast<size_t>(which);
-  set(stream, row);
-  await(stream, row);
+  if (flags_.has_value()) {
+    const size_t row = kArenas + static_cast<size_t>(which);
+    flags_->set(stream, row);
+    flags_->await(stream, row);
+  }
 }
 
 void DeviceMemory::releaseWaits() noexcept {
-  uint32_t* own = mates_[self_].flags;
-  const size_t count = own == nullptr ? 0 : numFlags();
-  for (size_t i = 0; i < count; ++i) {
-    device_.setFlagNow(own + i, 1);
+  if (flags_.has_value()) {
+    flags_->release();
   }
+}
+
+std::optional<int> DeviceMemory::releaseWaitsForGone() noexcept {
+  std::optional<int> missed;
+  forEachMate([&](size_t local, const Mate& mate) {
+    if (flags_.has_value() && flags_->hasLeft(local) &&
+        flags_->standInFor(local)) {
+      missed = mate.rank;
+    }
+  });
+  return missed;
 }
 
 }  // namespace automoe

@@ -8,7 +8,9 @@
 #include "process_group/device/device.hpp"
 #include "process_group/exchange/combine_arguments.hpp"
 #include "process_group/exchange/device_memory.hpp"
+#include "process_group/exchange/device_reads.hpp"
 #include "process_group/exchange/device_route.hpp"
+#include "process_group/exchange/device_wire.hpp"
 #include "process_group/exchange/row_moves.hpp"
 #include "process_group/topology/topology.hpp"
 
@@ -26,6 +28,9 @@ struct DeviceLane {
   std::chrono::milliseconds timeout;
   int maxBlocks;
   bool fenced;
+  bool captured;
+  DeviceWire wire;
+  DeviceReads& reads;
 };
 
 /// One tensor of a call, where rows of several travel side by side.
@@ -51,16 +56,25 @@ class ColumnLayout {
   size_t bytes_ = 0;
 };
 
-/// Throws what Device and DeviceNetwork do.
+/// Block r of `from` to rank r, of whose `to` it becomes the block of this
+/// rank.
+struct DeviceAllToAllArguments {
+  const std::byte* from = nullptr;  // (ranks, blockBytes)
+  std::byte* to = nullptr;          // the same
+  size_t blockBytes = 0;            // equal on all ranks
+};
+
+/// Throw what Device and DeviceNetwork do.
 void enqueueDispatch(
     const DeviceLane& lane,
     const DeviceRoute& lists,
-    const Route& route,
     const DispatchArguments& arguments);
 void enqueueCombine(
     const DeviceLane& lane,
     const DeviceRoute& lists,
-    const Route& route,
     const CombineArguments& arguments);
+/// Of one node.
+void enqueueAllToAll(
+    const DeviceLane& lane, const DeviceAllToAllArguments& arguments);
 
 }  // namespace automoe

@@ -127,11 +127,11 @@ void Group::abort(const std::string& reason) {
   }
 }
 
-void Group::giveUp(const std::string& text) {
+void Group::giveUp(const std::string& text, FailureKind kind) {
   engine_.checkForked();
   const std::lock_guard lock(engine_.mutex());
   if (!leaving_) {
-    fail(FailureKind::kTimeout, text);
+    fail(kind, text);
     engine_.kick();
   }
 }
@@ -140,6 +140,14 @@ std::exception_ptr Group::failure() {
   engine_.checkForked();
   const std::lock_guard lock(engine_.mutex());
   return failed() ? makeError("") : nullptr;
+}
+
+void Group::onFailure(std::function<void()> hook) {
+  const std::lock_guard lock(engine_.mutex());
+  failureHook_ = std::move(hook);
+  if (failed() && failureHook_) {
+    std::exchange(failureHook_, {})();
+  }
 }
 
 GroupCounters Group::counters() {
@@ -173,6 +181,9 @@ void Group::fail(FailureKind kind, const std::string& text, bool tellOthers) {
     it->finish(makeError(concat(it->title(), " waited for ", it->waitsFor())));
   }
   messages_.abandon();
+  if (const auto hook = std::exchange(failureHook_, {})) {
+    hook();
+  }
   if (tellOthers && !leaving_) {
     Record record = makeRecord(RecordKind::kFailed, 0, 0);
     record.dtype = static_cast<uint8_t>(kind);
@@ -373,7 +384,11 @@ void Group::handleAsk(const Record& record) {
 }
 
 void Group::checkPairs(Operation::Clock::time_point now) {
+  pairs_.lapse(now);
   for (const auto& it : pairs_.pending()) {
+    if (it->mayLapse()) {
+      continue;
+    }
     for (size_t rank = 0; rank < left_.size(); ++rank) {
       if (left_[rank] && now - leftSince_[rank] > kLastMessages &&
           it->needs(static_cast<int>(rank))) {

@@ -101,8 +101,8 @@ class Group {
       CombineArguments arguments,
       std::chrono::milliseconds timeout,
       OperationCallbacks callbacks);
-  /// The same for the host's side of a call on a device: kDeviceDispatch or
-  /// kDeviceCombine.
+  /// The same for the host's side of a call on a device: one of those
+  /// whose kinds begin with kDevice.
   std::shared_ptr<Operation> deviceCall(
       OperationKind kind,
       const DeviceCallFacts& facts,
@@ -136,10 +136,15 @@ class Group {
   void leave(std::chrono::milliseconds timeout);
   /// Fails every operation now, here and at the other ranks.
   void abort(const std::string& reason);
-  /// The same because somebody did not come in time; says who.
-  void giveUp(const std::string& text);
+  /// The same because somebody did not come (in time); says who.
+  void giveUp(
+      const std::string& text, FailureKind kind = FailureKind::kTimeout);
   /// Null while the group works.
   std::exception_ptr failure();
+  /// Calls `hook` once, with the engine's lock held, when the group fails; at
+  /// once if it has. It must neither block nor throw. There is one hook: an
+  /// empty one takes its place, and none runs after that has returned.
+  void onFailure(std::function<void()> hook);
   GroupCounters counters();
 
   // For the exchange, with the engine's lock held.
@@ -254,6 +259,7 @@ class Group {
   FailureKind failureKind_ = FailureKind::kTransport;
   std::string failureText_;
   GroupCounters counters_;
+  std::function<void()> failureHook_;
 };
 
 }  // namespace automoe

@@ -32,6 +32,8 @@ std::shared_ptr<Collective> Group::make(
       break;
     case OperationKind::kDeviceDispatch:
     case OperationKind::kDeviceCombine:
+    case OperationKind::kDevicePlan:
+    case OperationKind::kDeviceAllToAll:
       made = std::make_shared<DeviceCall>(*this, sequence, kind);
       break;
     case OperationKind::kBarrier:

@@ -160,6 +160,23 @@ void PairTable::ended(const std::shared_ptr<PairOperation>& operation) {
   operation->finish(nullptr);
 }
 
+void PairTable::lapse(Operation::Clock::time_point now) {
+  // Those that are not matched: no bytes are on their way to them.
+  std::vector<std::shared_ptr<PairOperation>> lapsed;
+  std::erase_if(receives_, [&](const auto& it) {
+    if (!it->mayLapse() || it->deadline() >= now) {
+      return false;
+    }
+    lapsed.push_back(it);
+    return true;
+  });
+  for (const auto& it : lapsed) {
+    pending_.remove(it);
+    it->finish(std::make_exception_ptr(TimeoutError(
+        concat(it->title(), " has waited in vain for ", it->waitsFor()))));
+  }
+}
+
 std::list<std::shared_ptr<PairOperation>> PairTable::abandon() {
   receives_.clear();
   unexpected_.clear();

@@ -21,6 +21,9 @@ struct PairArguments {
   uint64_t bytes = 0;
   uint8_t dtype = 0;
   const char* (*dtypeName)(uint8_t) = nullptr;
+  /// A receive that ends with TimeoutError when its deadline has passed, while
+  /// the group goes on.
+  bool mayLapse = false;
 
   static constexpr int kAnySource = -1;
 };
@@ -39,6 +42,7 @@ class PairOperation final : public Operation {
   int peer() const { return arguments_.peer; }
   /// True while `rank` has to send or to take its message.
   bool needs(int rank) const;
+  bool mayLapse() const { return arguments_.mayLapse; }
 
  private:
   friend class PairTable;
@@ -66,6 +70,8 @@ class PairTable {
     return pending_;
   }
   bool empty() const { return pending_.empty(); }
+  /// Ends what has come to its deadline and may lapse.
+  void lapse(Operation::Clock::time_point now);
   /// The group has failed: forgets everything, and returns what was pending.
   std::list<std::shared_ptr<PairOperation>> abandon();
 

@@ -26,7 +26,7 @@ void checkWithin(const char* name, int64_t got, int64_t least) {
 
 }  // namespace
 
-void checkPlanArguments(const PlanArguments& arguments) {
+void checkPlanSizes(const PlanArguments& arguments) {
   const int64_t numTokens = arguments.numTokens;
   const int64_t topK = arguments.topK;
   checkWithin("the number of tokens of topk_ids", numTokens, 0);
@@ -48,6 +48,12 @@ void checkPlanArguments(const PlanArguments& arguments) {
         " items, expected at most ",
         kMaxRouteLength));
   }
+}
+
+void checkPlanArguments(const PlanArguments& arguments) {
+  checkPlanSizes(arguments);
+  const int64_t numTokens = arguments.numTokens;
+  const int64_t topK = arguments.topK;
   if (static_cast<int64_t>(arguments.topkIds.size()) != numTokens * topK) {
     throw InvalidArgument(concat(
         "plan: topk_ids has ",

@@ -10,8 +10,9 @@
 
 namespace automoe {
 
-/// Throws InvalidArgument naming the argument, what was got and expected. Does
-/// not look at the ids themselves; O(1).
+/// Throw InvalidArgument naming the argument, what was got and expected. Do not
+/// look at the ids themselves; O(1). The first looks at the sizes alone.
+void checkPlanSizes(const PlanArguments& arguments);
 void checkPlanArguments(const PlanArguments& arguments);
 
 /// The labels as 0.. in the order of their values; those of the topology when

@@ -6,6 +6,7 @@
 
 #include "process_group/common/bytes.hpp"
 #include "process_group/common/error.hpp"
+#include "process_group/exchange/route_hash.hpp"
 #include "process_group/exchange/route_words.hpp"
 
 namespace automoe {
@@ -77,6 +78,18 @@ bool allWithin(std::span<const int32_t> values, int64_t low, int64_t high) {
 }
 
 }  // namespace
+
+uint64_t fingerprintOf(std::span<const PlanFacts> facts) {
+  uint64_t hash = kHashSeed;
+  for (const PlanFacts& it : facts) {
+    hash = mixHash(hash, static_cast<uint64_t>(it.numExperts));
+    hash = mixHash(hash, static_cast<uint64_t>(it.topK));
+    hash = mixHash(hash, static_cast<uint64_t>(it.numTokens));
+    hash = mixHash(hash, it.idsHash);
+    hash = mixHash(hash, it.mapHash);
+  }
+  return hash;
+}
 
 std::string encodePlanList(
     const PlanFacts& facts,

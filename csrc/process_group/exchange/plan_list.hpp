@@ -16,11 +16,14 @@ struct PlanFacts {
   int64_t numExperts = 0;
   int64_t topK = 0;
   int64_t numTokens = 0;
-  uint64_t idsHash = 0;
+  uint64_t idsHash = 0;  // the sum of hashOfId()
   uint64_t mapHash = 0;  // of the reduction map; 0: the topology
   bool operator==(const PlanFacts&) const = default;
 };
 static_assert(sizeof(PlanFacts) == 40);
+
+/// Of a plan: equal on all ranks. `facts` are those of every rank.
+uint64_t fingerprintOf(std::span<const PlanFacts> facts);
 
 /// The rows of one source to this node, in its order. Experts are numbered
 /// within the node: those of all its ranks, ascending.

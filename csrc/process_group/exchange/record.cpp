@@ -40,6 +40,10 @@ const char* nameOf(OperationKind kind) {
       return "dispatch on a device";
     case OperationKind::kDeviceCombine:
       return "combine on a device";
+    case OperationKind::kDevicePlan:
+      return "plan on a device";
+    case OperationKind::kDeviceAllToAll:
+      return "all_to_all on a device";
   }
   return "?";
 }

@@ -49,6 +49,8 @@ enum class OperationKind : uint8_t {
   kPair = 13,  // a send and its receive; not a collective
   kDeviceDispatch = 14,
   kDeviceCombine = 15,
+  kDevicePlan = 16,
+  kDeviceAllToAll = 17,
 };
 
 /// Whether a collective of that kind is a ScheduledCollective, whose records
@@ -96,7 +98,8 @@ struct Record {
   uint64_t place = 0;         // offset of the extent, or address to read
   uint64_t failures = 0;      // SegmentHeader::failures of the source
   uint64_t plan = 0;          // fingerprint of the plan that is used
-  uint32_t rows = 0;          // of this chunk, from row `offset` on
+  uint32_t rows = 0;          // of this chunk, from row `offset` on; of a call
+                              // on a device: graphUseOf()
   OperationKind operation = OperationKind::kAllToAll;
   uint8_t scalarBytes = 0;  // combine: of what rides beside a row
   uint16_t layout = 0;      // dispatch: a hash of its tensors' types and sizes

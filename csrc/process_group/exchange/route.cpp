@@ -74,6 +74,12 @@ Route::Route(std::span<const int32_t> words) {
 }
 
 void Route::checkHeader(size_t numWords) const {
+  if (header_.magic == RouteHeader::kOnDevice) {
+    throw InvalidArgument(
+        "route: a device has the lists of this plan, and they are found by the "
+        "tensor that plan() has given, in the process and for the group that "
+        "made it; pass that tensor on, not a copy");
+  }
   if (header_.magic != RouteHeader::kMagic) {
     refuse(
         "the first word is ",

@@ -3,11 +3,11 @@
 #include <iomanip>
 #include <utility>
 
+#include "kernels/ids_hash.hpp"
 #include "process_group/common/error.hpp"
 #include "process_group/exchange/plan_arguments.hpp"
 #include "process_group/exchange/route.hpp"
 #include "process_group/exchange/route_experts.hpp"
-#include "process_group/exchange/route_hash.hpp"
 #include "process_group/exchange/route_receive.hpp"
 
 namespace automoe {
@@ -68,14 +68,6 @@ void checkAgreement(
   }
 }
 
-uint64_t hashFacts(uint64_t hash, const PlanFacts& facts) {
-  hash = mixHash(hash, static_cast<uint64_t>(facts.numExperts));
-  hash = mixHash(hash, static_cast<uint64_t>(facts.topK));
-  hash = mixHash(hash, static_cast<uint64_t>(facts.numTokens));
-  hash = mixHash(hash, facts.idsHash);
-  return mixHash(hash, facts.mapHash);
-}
-
 }  // namespace
 
 RouteBuilder::RouteBuilder(
@@ -92,9 +84,8 @@ RouteBuilder::RouteBuilder(
   facts_.topK = arguments.topK;
   facts_.numTokens = arguments.numTokens;
   facts_.mapHash = hashReductionMap(reductionMap_, nodeOfRank_);
-  facts_.idsHash = kHashSeed;
-  for (const int32_t id : arguments.topkIds) {
-    facts_.idsHash = mixHash(facts_.idsHash, static_cast<uint32_t>(id));
+  for (size_t i = 0; i < arguments.topkIds.size(); ++i) {
+    facts_.idsHash += kernels::hashOfId(i, arguments.topkIds[i]);
   }
   send_ = makeSendRows(
       topology_, arguments.topkIds, facts_.topK, facts_.numExperts);
@@ -175,9 +166,9 @@ RouteHeader RouteBuilder::makeHeader() const {
   header.topK = facts_.topK;
   header.numExperts = facts_.numExperts;
   header.align = align_;
-  header.fingerprint = kHashSeed;
   header.numSendRows = static_cast<int64_t>(send_.tokens.size());
   header.numSlots = static_cast<int64_t>(send_.slots.size());
+  std::vector<PlanFacts> facts;
   for (size_t source = 0; source < lists_.size(); ++source) {
     AUTOMOE_CHECK(
         factsOf_[source].has_value(),
@@ -185,10 +176,11 @@ RouteHeader RouteBuilder::makeHeader() const {
         source,
         " has not come");
     header.totalTokens += factsOf_[source]->numTokens;
-    header.fingerprint = hashFacts(header.fingerprint, *factsOf_[source]);
+    facts.push_back(*factsOf_[source]);
     header.numLandRows += static_cast<int64_t>(lists_[source].counts.size());
     header.numEntries += static_cast<int64_t>(lists_[source].experts.size());
   }
+  header.fingerprint = fingerprintOf(facts);
   if (header.numEntries > kMaxRouteLength) {
     throw InvalidArgument(concat(
         "plan: ",

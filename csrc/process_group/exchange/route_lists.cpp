@@ -36,6 +36,14 @@ class ListMaker {
         mates_(static_cast<size_t>(topology.localSize())) {}
 
   RouteLists make() {
+    lists_.rank = route_.rank();
+    lists_.fingerprint = route_.fingerprint();
+    lists_.numTokens = static_cast<size_t>(route_.numTokens());
+    for (int node = 0; node <= route_.numNodes(); ++node) {
+      const size_t row = route_.sendBegin(node);
+      lists_.sendRowBegin.push_back(row);
+      lists_.sendSlotBegin.push_back(route_.sendSlotBegin(row));
+    }
     lists_.own = narrow(mates_);
     layOutAreas();
     makeSendLists();
@@ -98,6 +106,7 @@ class ListMaker {
 
 void ListMaker::layOutAreas() {
   lists_.areas.resize(mates_);
+  lists_.receivedFrom.assign(mates_, 0);
   for (int source = 0; source < route_.size(); ++source) {
     const int landing = topology_.nodeOf(source) == topology_.node()
                             ? source
@@ -226,6 +235,7 @@ void ListMaker::receive(int source, size_t row, size_t number, size_t at) {
     return;
   }
   const RouteLists::Landed& it = landed(source);
+  lists_.receivedFrom[landingOf(source)] += 1;
   const size_t first = route_.entryBegin(route_.landBegin(source));
   span(lists_.receiveBases)[at] = it.landing;
   span(lists_.receiveRows)[at] = narrow(it.rowBegin + i);

@@ -19,9 +19,10 @@ namespace automoe {
 /// source, ascending, then in the order of the land rows. Beside a row there is
 /// a value for each of its entries.
 ///
-/// The *stage area* of a rank takes those of its receive rows that node-mates
-/// sum: by the local rank of the mate that lands them, then in the order of
-/// that mate's entries.
+/// The *stage area* of a rank takes its receive rows that node-mates sum: as
+/// stageRows lists them, by the local rank of the mate that lands them and then
+/// in the order of that mate's entries; or, without stageRows, all receive rows
+/// as they are.
 ///
 /// Local ranks name the areas (a *base*); a base of kOwn stands for the tensor
 /// of the call itself.
@@ -45,9 +46,18 @@ struct RouteLists {
     size_t count = 0;
   };
 
-  std::vector<Area> areas;     // by local rank
-  std::vector<Landed> landed;  // by source
-  int32_t own = 0;             // the base kOwn: the number of node-mates
+  // What the host knows.
+  int rank = 0;
+  uint64_t fingerprint = 0;
+  size_t numTokens = 0;
+  std::vector<size_t> sendRowBegin;   // (nodes + 1,)
+  std::vector<size_t> sendSlotBegin;  // (nodes + 1,) of sendSlots
+  std::vector<Area> areas;            // by local rank
+  std::vector<Landed> landed;         // by source
+  /// By local rank: how many receive rows come from its area. Empty where the
+  /// device has made the lists, and it is not known.
+  std::vector<size_t> receivedFrom;
+  int32_t own = 0;  // the base kOwn: the number of node-mates
 
   // The origin's side: what it sends, and how it sums what comes back.
   List sendTokens;   // (S,) the token of each send row
@@ -65,11 +75,14 @@ struct RouteLists {
   // Between the two: what is staged, and the terms of each land row.
   List stageRows;   // (staged,) receive rows, -1: dropped
   List termBegins;  // (own land rows + 1,)
+  List termEnds;    // (own land rows,); empty: the next one's begin
   List termBases;   // (own land entries,)
   List termRows;    // the same; row of the stage area, or receive row, or -1
 
   std::vector<int32_t> words;
 
+  size_t numSendRows() const { return sendRowBegin.back(); }
+  size_t numReceiveRows() const { return receiveBases.count; }
   std::span<const int32_t> of(const List& list) const {
     return std::span(words).subspan(list.begin, list.count);
   }

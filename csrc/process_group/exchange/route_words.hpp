@@ -21,6 +21,8 @@ inline constexpr int64_t kMaxRouteLength = std::numeric_limits<int32_t>::max();
 struct RouteHeader {
   /// "AMR" and the version of this layout.
   static constexpr int32_t kMagic = 0x414d5201;
+  /// "AMD": this header is all that the host has, a device has the lists.
+  static constexpr int32_t kOnDevice = 0x414d4401;
 
   int32_t magic = kMagic;
   int32_t rank = 0;
@@ -51,6 +53,12 @@ inline RouteHeader readRouteHeader(std::span<const int32_t> words) {
   std::array<int32_t, kRouteHeaderWords> first;
   std::copy_n(words.begin(), first.size(), first.begin());
   return std::bit_cast<RouteHeader>(first);
+}
+
+/// Whether a device has the lists, so that only a header is here.
+inline bool isRouteOnDevice(std::span<const int32_t> words) {
+  return words.size() >= kRouteHeaderWords &&
+         readRouteHeader(words).magic == RouteHeader::kOnDevice;
 }
 
 inline void writeRouteHeader(

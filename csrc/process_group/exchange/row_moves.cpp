@@ -47,6 +47,9 @@ uint16_t layoutOf(const DispatchArguments& arguments) {
   for (const Field& field : arguments.fields) {
     hash = (hash ^ field.rowBytes) * 0x9e3779b97f4a7c15;
     hash = (hash ^ field.dtype) * 0x9e3779b97f4a7c15;
+    const uint64_t number =
+        field.number ? 1 + static_cast<uint64_t>(*field.number) : 0;
+    hash = (hash ^ number) * 0x9e3779b97f4a7c15;
   }
   return static_cast<uint16_t>(hash >> 48);
 }

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "kernels/dtype.hpp"
 #include "process_group/exchange/route.hpp"
 
 namespace automoe {
@@ -19,6 +21,8 @@ struct DispatchArguments {
     std::byte* to;          // R receive rows
     uint64_t rowBytes;
     uint8_t dtype = 0;
+    /// What the elements are, if numbers that kernels know; else bytes.
+    std::optional<kernels::DType> number = std::nullopt;
   };
   std::span<const int32_t> route;
   std::span<const int32_t> receiveIndex;  // (R,)

@@ -50,8 +50,17 @@ class DoubleDevice final : public Device {
     return concat("test double (", rank_, ")");
   }
   std::byte* allocate(size_t bytes) override {
-    return state_.call(rank_, "allocate", [&](auto&) {
-      return state_.memory.allocate(rank_, bytes, Place::kDevice);
+    return allocateOrMakeRoom([&] {
+      return state_.call(rank_, "allocate", [&](auto&) {
+        return state_.memory.allocate(rank_, bytes, Place::kDevice);
+      });
+    });
+  }
+  std::byte* allocateShared(size_t bytes) override {
+    return allocateOrMakeRoom([&] {
+      return state_.call(rank_, "allocateShared", [&](auto&) {
+        return state_.memory.allocate(rank_, bytes, Place::kDevice);
+      });
     });
   }
   void free(std::byte* memory) noexcept override;
@@ -61,6 +70,16 @@ class DoubleDevice final : public Device {
     });
   }
   void freeHost(std::byte* memory) noexcept override;
+  std::byte* mapHost(std::byte* pages, size_t bytes) override {
+    return state_.call(rank_, "mapHost", [&](auto&) {
+      state_.memory.map(rank_, pages, bytes);
+      return pages;
+    });
+  }
+  void unmapHost(std::byte* pages) noexcept override {
+    state_.quietCall(
+        rank_, "unmapHost", [&](auto&) { state_.memory.unmap(rank_, pages); });
+  }
   Handle exportMemory(std::byte* memory) override {
     return state_.call(rank_, "exportMemory", [&](auto&) {
       return state_.memory.exportMemory(rank_, memory);
@@ -91,9 +110,10 @@ class DoubleDevice final : public Device {
   void record(Event event, Stream stream) override;
   void await(Stream stream, Event event) override;
   bool happened(Event event) override;
-  bool isCapturing(Stream) override {
+  bool isCapturing(Stream stream) override {
     return state_.call(rank_, "isCapturing", [&](auto&) {
-      return state_.at(rank_).capturing;
+      return state_.at(rank_).capturing ||
+             state_.streams.find(rank_, stream)->capture != nullptr;
     });
   }
   void synchronize(Stream stream) override;
@@ -103,12 +123,20 @@ class DoubleDevice final : public Device {
   void clear(Stream stream, std::byte* to, size_t bytes) override;
   void run(Stream stream, std::function<void(kernels::DeviceStream)> launch)
       override;
-  void setFlag(Stream stream, uint32_t* flag, uint32_t value) override;
-  void awaitFlag(Stream stream, uint32_t* flag, uint32_t value) override;
-  void setFlagNow(uint32_t* flag, uint32_t value) noexcept override;
+  void setFlags(
+      Stream stream, std::span<uint32_t* const> flags, uint32_t value) override;
+  void awaitFlags(
+      Stream stream,
+      std::span<uint32_t* const> flags,
+      uint32_t value,
+      uint32_t next) override;
 
  private:
   DoubleEvent& find(Event event);
+  void set(Stream stream, uint32_t* flag, uint32_t value);
+  void await(Stream stream, uint32_t* flag, uint32_t value, uint32_t next);
+  void join(DoubleStream& stream, const DoubleMark& mark);
+  void refuseInCapture();
   void waitForWork(DoubleStreams::Lock& lock, const std::string& what);
 
   DoubleWorld::State& state_;
@@ -122,6 +150,7 @@ void DoubleDevice::free(std::byte* memory) noexcept {
   }
   state_.quietCall(rank_, "free", [&](auto& lock) {
     state_.at(rank_).statistics.freed += 1;
+    refuseInCapture();
     waitForWork(lock, access_.describe(memory));
     const auto wrong = state_.memory.free(rank_, memory, Place::kDevice);
     if (!wrong.empty()) {
@@ -135,9 +164,21 @@ void DoubleDevice::freeHost(std::byte* memory) noexcept {
     return;
   }
   state_.quietCall(rank_, "freeHost", [&](auto& lock) {
+    refuseInCapture();
     waitForWork(lock, access_.describe(memory));
     state_.memory.free(rank_, memory, Place::kPageLocked);
   });
+}
+
+// It waits for the device, and what is captured is never done.
+void DoubleDevice::refuseInCapture() {
+  const auto captures = state_.streams.captures(rank_);
+  for (const auto& capture : captures) {
+    capture->invalidate("memory was freed during it");
+  }
+  if (!captures.empty()) {
+    throw DeviceError("refused while a stream of the rank is in a capture");
+  }
 }
 
 // Goes on after the world stood still for long: the memory is freed anyway,
@@ -183,8 +224,14 @@ DoubleEvent& DoubleDevice::find(Event event) {
 }
 
 void DoubleDevice::record(Event event, Stream stream) {
-  state_.enqueue(rank_, "record", stream, [&](auto&) {
+  const auto make = [&](DoubleStream& found) -> std::optional<StreamItem> {
     const auto mark = std::make_shared<DoubleMark>();
+    if (found.capture != nullptr) {
+      found.capture->check();
+      *mark = {.capture = found.capture, .tips = found.tips};
+      find(event).latest = mark;
+      return std::nullopt;
+    }
     find(event).latest = mark;
     return StreamItem{
         [number = reinterpret_cast<uint64_t>(event)] {
@@ -192,14 +239,22 @@ void DoubleDevice::record(Event event, Stream stream) {
         },
         {},
         [mark] { return mark->done = true; }};
-  });
+  };
+  state_.enqueue(rank_, "record", stream, make);
 }
 
 void DoubleDevice::await(Stream stream, Event event) {
   state_.enqueue(
-      rank_, "await", stream, [&](auto&) -> std::optional<StreamItem> {
+      rank_, "await", stream, [&](auto& found) -> std::optional<StreamItem> {
         const auto mark = find(event).latest;
+        if (found.capture != nullptr) {
+          found.capture->check();
+        }
         if (mark == nullptr) {
+          return std::nullopt;
+        }
+        if (found.capture != nullptr || mark->capture != nullptr) {
+          join(found, *mark);
           return std::nullopt;
         }
         return StreamItem{
@@ -210,9 +265,34 @@ void DoubleDevice::await(Stream stream, Event event) {
       });
 }
 
+// In a capture there is no item for it: what the stream gets next comes after.
+void DoubleDevice::join(DoubleStream& stream, const DoubleMark& mark) {
+  if (mark.capture == nullptr) {
+    const char* text = "it awaits an event that was recorded outside of it";
+    stream.capture->invalidate(text);
+    stream.capture->check();
+  }
+  mark.capture->check();
+  if (mark.capture->ended()) {
+    throw DeviceError("the event was recorded in a capture that has ended");
+  }
+  if (stream.capture != nullptr && stream.capture != mark.capture) {
+    stream.capture->invalidate("it awaits an event of another capture");
+    mark.capture->invalidate("another capture awaits an event of it");
+    stream.capture->check();
+  }
+  stream.capture = mark.capture;
+  stream.tips.insert(mark.tips.begin(), mark.tips.end());
+}
+
 bool DoubleDevice::happened(Event event) {
   return state_.call(rank_, "happened", [&](auto&) {
     const auto& latest = find(event).latest;
+    if (latest != nullptr && latest->capture != nullptr) {
+      latest->capture->invalidate("an event of it was queried");
+      throw DeviceError(
+          "the event was recorded in a capture: it cannot happen");
+    }
     return latest == nullptr || latest->done;
   });
 }
@@ -221,6 +301,10 @@ void DoubleDevice::synchronize(Stream stream) {
   state_.call(rank_, "synchronize", [&](auto& lock) {
     state_.at(rank_).statistics.synchronized += 1;
     const auto found = state_.streams.find(rank_, stream);
+    if (found->capture != nullptr) {
+      found->capture->invalidate("a stream in it was synchronized");
+      found->capture->check();
+    }
     const uint64_t enqueued = found->enqueued;
     state_.streams.wait(lock, concat("stream ", found->number), [&] {
       return found->done >= enqueued;
@@ -235,13 +319,18 @@ void DoubleDevice::copy(
     Stream stream, std::byte* to, const std::byte* from, size_t bytes) {
   const Access access = access_;  // for the item, which may outlive this
   state_.enqueue(
-      rank_, "copy", stream, [&](auto&) -> std::optional<StreamItem> {
+      rank_, "copy", stream, [&](auto& found) -> std::optional<StreamItem> {
         if (bytes == 0) {
           return std::nullopt;
         }
         access.check(to, bytes);
         auto staged = std::make_shared<std::vector<std::byte>>();
         if (state_.memory.use(rank_, from, bytes) == Place::kPageable) {
+          if (found.capture != nullptr) {
+            throw DeviceError(
+                access.describe(from) +
+                " is read when the graph runs: use allocateHost()");
+          }
           state_.at(rank_).statistics.pageableCopies += 1;
           staged->assign(from, from + bytes);
         }
@@ -307,7 +396,24 @@ void DoubleDevice::run(
   });
 }
 
-void DoubleDevice::setFlag(Stream stream, uint32_t* flag, uint32_t value) {
+void DoubleDevice::setFlags(
+    Stream stream, std::span<uint32_t* const> flags, uint32_t value) {
+  for (uint32_t* flag : flags) {
+    set(stream, flag, value);
+  }
+}
+
+void DoubleDevice::awaitFlags(
+    Stream stream,
+    std::span<uint32_t* const> flags,
+    uint32_t value,
+    uint32_t next) {
+  for (uint32_t* flag : flags) {
+    await(stream, flag, value, next);
+  }
+}
+
+void DoubleDevice::set(Stream stream, uint32_t* flag, uint32_t value) {
   const Access access = access_;  // for the item, which may outlive this
   state_.enqueue(rank_, "setFlag", stream, [&](auto&) {
     access.checkFlag(flag);
@@ -324,7 +430,8 @@ void DoubleDevice::setFlag(Stream stream, uint32_t* flag, uint32_t value) {
   });
 }
 
-void DoubleDevice::awaitFlag(Stream stream, uint32_t* flag, uint32_t value) {
+void DoubleDevice::await(
+    Stream stream, uint32_t* flag, uint32_t value, uint32_t next) {
   const Access access = access_;  // for the item, which may outlive this
   state_.enqueue(rank_, "awaitFlag", stream, [&](auto&) {
     access.checkFlag(flag);
@@ -350,16 +457,11 @@ void DoubleDevice::awaitFlag(Stream stream, uint32_t* flag, uint32_t value) {
         [=] { return load().value_or(value) == value; },
         [=] {
           access.checkFlag(flag);
+          if (next != value) {
+            std::atomic_ref(*flag).store(next, std::memory_order_release);
+          }
           return true;
         }};
-  });
-}
-
-void DoubleDevice::setFlagNow(uint32_t* flag, uint32_t value) noexcept {
-  state_.quietCall(rank_, "setFlagNow", [&](auto&) {
-    access_.checkFlag(flag);
-    std::atomic_ref(*flag).store(value, std::memory_order_release);
-    state_.streams.touch();
   });
 }
 

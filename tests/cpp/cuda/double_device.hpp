@@ -21,6 +21,8 @@
 
 namespace automoe::testing {
 
+class DoubleGraph;
+
 /// Outlives the devices and networks that it makes. Thread-safe.
 class DoubleWorld {
  public:
@@ -52,6 +54,18 @@ class DoubleWorld {
   /// The rank's n-th call that enqueues (1 is its first) throws DeviceError, or
   /// an error that is none of ours.
   void failAt(int rank, uint64_t n, bool foreign = false);
+  /// So do the rank's next `times` calls of that method; allocate() finds the
+  /// device full. With "transfer" the next exchanges are enqueued, but break up
+  /// when they run, which failure() tells.
+  void failCalls(int rank, const std::string& method, int times);
+  /// What the stream gets is recorded until endCapture(), as in CUDA's relaxed
+  /// mode. Await takes other streams into the capture, and the stream that
+  /// began it awaits them again.
+  void beginCapture(int rank, Device::Stream stream);
+  std::shared_ptr<DoubleGraph> endCapture(int rank, Device::Stream stream);
+  /// Enqueues what was recorded, as often as the test likes. Two launches of a
+  /// graph do not overlap, whatever their streams.
+  void launch(const std::shared_ptr<DoubleGraph>& graph, Device::Stream stream);
   /// What the rank enqueues counts as captured, though it runs as it does.
   void setCapturing(int rank, bool capturing);
   /// The rank's streams stop, as those of a device that hangs.

@@ -35,7 +35,9 @@ static_assert(sizeof(HandleContent) <= sizeof(Device::Handle));
 
 std::string DoubleMemory::Block::name() const {
   return concat(
-      place == Place::kDevice ? "device" : "page-locked",
+      place == Place::kDevice   ? "device"
+      : place == Place::kMapped ? "mapped"
+                                : "page-locked",
       " memory ",
       number,
       " of rank ",
@@ -86,10 +88,23 @@ void DoubleMemory::adopt(int rank, std::byte* memory, size_t bytes) {
 }
 
 void DoubleMemory::disown(int rank, std::byte* memory) {
-  if (!ownBlock(rank, memory).adopted) {
+  const Block& block = ownBlock(rank, memory);
+  if (!block.adopted || block.place == Place::kMapped) {
     throw DeviceError(describe(memory) + " was not adopted");
   }
   blocks_.erase(memory);
+}
+
+void DoubleMemory::map(int rank, std::byte* pages, size_t bytes) {
+  checkFree(pages, bytes);
+  blocks_[pages] = {nextNumber_++, rank, Place::kMapped, pages, bytes, true};
+}
+
+void DoubleMemory::unmap(int rank, std::byte* pages) {
+  if (ownBlock(rank, pages).place != Place::kMapped) {
+    throw DeviceError(describe(pages) + " was not mapped");
+  }
+  blocks_.erase(pages);
 }
 
 Device::Handle DoubleMemory::exportMemory(
@@ -173,7 +188,8 @@ std::string DoubleMemory::describe(const std::byte* memory) const {
 std::vector<std::string> DoubleMemory::leaks(int rank) const {
   std::vector<std::string> found;
   for (const auto& [begin, block] : blocks_) {
-    if (block.rank == rank && block.live && !block.adopted) {
+    const bool mapped = block.place == Place::kMapped;
+    if (block.rank == rank && block.live && (!block.adopted || mapped)) {
       found.push_back(block.name());
     }
     if (block.opened.contains(rank)) {

@@ -18,7 +18,7 @@ inline constexpr int kPoison = 0xCB;
 /// Methods throw DeviceError. The caller holds the lock of the streams.
 class DoubleMemory {
  public:
-  enum class Place { kDevice, kPageLocked, kPageable };
+  enum class Place { kDevice, kPageLocked, kMapped, kPageable };
 
   DoubleMemory() = default;
   DoubleMemory(const DoubleMemory&) = delete;
@@ -32,6 +32,10 @@ class DoubleMemory {
   /// From now on memory of the caller is memory of the rank's device.
   void adopt(int rank, std::byte* memory, size_t bytes);
   void disown(int rank, std::byte* memory);
+
+  /// The same for pages of the host.
+  void map(int rank, std::byte* pages, size_t bytes);
+  void unmap(int rank, std::byte* pages);
 
   Device::Handle exportMemory(int rank, const std::byte* memory) const;
   std::byte* open(int rank, const Device::Handle& handle);

@@ -40,6 +40,7 @@ class DoubleFabric {
     int rank = 0;  // of the world
     bool made = false;
     bool aborted = false;
+    bool gone = false;
     uint64_t turns = 0;
     uint64_t turnsDone = 0;
     std::string failure = {};
@@ -56,10 +57,17 @@ class DoubleFabric {
   Member& member(int index) { return members_[static_cast<size_t>(index)]; }
 
   std::shared_ptr<Transfer> post(int from, int to, bool sends, Side side);
+  // The transfers of one exchange of a member.
+  Transfers postAll(
+      int index,
+      const std::shared_ptr<DoubleStream>& stream,
+      std::span<const DeviceNetwork::Send> sends,
+      std::span<const DeviceNetwork::Receive> receives);
   // Of one exchange of a member.
   bool isOver(const Transfers& transfers, int index) const;
   bool isReady(const Transfers& transfers, int index) const;
   bool advance(const Transfers& transfers, int index);
+  void breakUp(Transfer& transfer, const std::string& text);
   std::string describe(const Transfers& transfers) const;
 
  private:
@@ -73,7 +81,6 @@ class DoubleFabric {
   void move(Transfer& transfer);
   bool active(const Side& side, int index) const;
   bool usable(const Side& side, int index);
-  void breakUp(Transfer& transfer, const std::string& text);
 
   DoubleWorld::State& state_;
   std::vector<Member> members_;
@@ -113,10 +120,35 @@ std::shared_ptr<DoubleFabric::Transfer> DoubleFabric::post(
   return transfer;
 }
 
+// As with NCCL, transfers of no bytes do not take place.
+DoubleFabric::Transfers DoubleFabric::postAll(
+    int index,
+    const std::shared_ptr<DoubleStream>& stream,
+    std::span<const DeviceNetwork::Send> sends,
+    std::span<const DeviceNetwork::Receive> receives) {
+  Transfers transfers;
+  const uint64_t turn = member(index).turns++;
+  const auto side = [&](const std::byte* memory, size_t bytes) {
+    return Side{
+        stream, stream->enqueued, turn, const_cast<std::byte*>(memory), bytes};
+  };
+  for (const auto& [peer, data, bytes] : sends) {
+    if (bytes > 0) {
+      transfers.push_back(post(index, peer, true, side(data, bytes)));
+    }
+  }
+  for (const auto& [peer, data, bytes] : receives) {
+    if (bytes > 0) {
+      transfers.push_back(post(peer, index, false, side(data, bytes)));
+    }
+  }
+  return transfers;
+}
+
 bool DoubleFabric::active(const Side& side, int index) const {
   const Member& owner = members_[static_cast<size_t>(index)];
   return side.stream != nullptr && !owner.aborted &&
-         !state_.streams.stalled(owner.rank) && owner.turnsDone == side.turn &&
+         state_.streams.open(*side.stream) && owner.turnsDone == side.turn &&
          side.stream->done == side.position;
 }
 
@@ -230,6 +262,58 @@ std::string DoubleFabric::describe(const Transfers& transfers) const {
 
 namespace {
 
+// An exchange of a member, whose network it may outlive.
+struct Exchange {
+  std::shared_ptr<DoubleFabric> fabric;
+  int index;
+  std::vector<DeviceNetwork::Send> sends;
+  std::vector<DeviceNetwork::Receive> receives;
+  std::string fault;  // why it does not come to its end, or nothing
+
+  bool isEmpty() const {
+    const auto none = [](const auto& each) { return each.bytes == 0; };
+    return std::ranges::all_of(sends, none) &&
+           std::ranges::all_of(receives, none);
+  }
+  StreamItem makeItem(const std::shared_ptr<DoubleStream>& stream) const;
+  // Its transfers are those of the launch that it is part of.
+  StreamItem makeNode() const;
+};
+
+StreamItem Exchange::makeItem(
+    const std::shared_ptr<DoubleStream>& stream) const {
+  const auto transfers = std::make_shared<const DoubleFabric::Transfers>(
+      fabric->postAll(index, stream, sends, receives));
+  for (const auto& transfer : *transfers) {
+    if (!fault.empty()) {
+      fabric->breakUp(*transfer, fault);
+    }
+  }
+  return {
+      [fabric = fabric, transfers] { return fabric->describe(*transfers); },
+      [fabric = fabric, transfers, index = index] {
+        return fabric->isReady(*transfers, index);
+      },
+      [fabric = fabric, transfers, index = index] {
+        return fabric->advance(*transfers, index);
+      }};
+}
+
+StreamItem Exchange::makeNode() const {
+  StreamItem item{[] { return std::string("exchange"); }};
+  item.again = [it = *this](const std::shared_ptr<DoubleStream>& stream) {
+    if (!it.fabric->member(it.index).gone) {
+      return it.makeItem(stream);
+    }
+    StreamItem broken{[] { return std::string("exchange"); }};
+    broken.step = []() -> bool {
+      throw DeviceError("the network of this graph was destroyed");
+    };
+    return broken;
+  };
+  return item;
+}
+
 class DoubleNetwork final : public DeviceNetwork {
  public:
   DoubleNetwork(
@@ -249,11 +333,7 @@ class DoubleNetwork final : public DeviceNetwork {
  private:
   DoubleFabric::Member& self() { return fabric_->member(index_); }
   void check(int peer, const std::byte* memory, size_t bytes);
-  DoubleFabric::Transfers post(
-      const std::shared_ptr<DoubleStream>& stream,
-      std::span<const Send> sends,
-      std::span<const Receive> receives);
-  StreamItem makeItem(DoubleFabric::Transfers transfers);
+  std::string faultOf(int rank);
 
   DoubleWorld::State& state_;
   std::shared_ptr<DoubleFabric> fabric_;
@@ -262,6 +342,7 @@ class DoubleNetwork final : public DeviceNetwork {
 
 DoubleNetwork::~DoubleNetwork() {
   state_.quietCall(self().rank, "~DeviceNetwork", [&](auto&) {
+    self().gone = true;
     const uint64_t left = self().turns - self().turnsDone;
     if (left > 0 && !self().aborted) {
       self().aborted = true;
@@ -285,6 +366,15 @@ void DoubleNetwork::check(int peer, const std::byte* memory, size_t bytes) {
   }
 }
 
+std::string DoubleNetwork::faultOf(int rank) {
+  try {
+    state_.at(rank).failIfAsked("transfer");
+    return {};
+  } catch (const DeviceError& error) {
+    return error.what();
+  }
+}
+
 void DoubleNetwork::exchange(
     Device::Stream stream,
     std::span<const Send> sends,
@@ -299,55 +389,20 @@ void DoubleNetwork::exchange(
     for (const Receive& receive : receives) {
       check(receive.peer, receive.data, receive.bytes);
     }
-    const auto shared = state_.streams.find(found.rank, stream);
-    auto transfers = post(shared, sends, receives);
-    if (transfers.empty()) {
+    const Exchange it{
+        fabric_,
+        index_,
+        {sends.begin(), sends.end()},
+        {receives.begin(), receives.end()},
+        faultOf(found.rank)};
+    if (it.isEmpty()) {
       return std::nullopt;
     }
-    self().turns += 1;
-    return makeItem(std::move(transfers));
+    return found.capture != nullptr
+               ? it.makeNode()
+               : it.makeItem(state_.streams.find(found.rank, stream));
   };
   state_.enqueue(self().rank, "exchange", stream, make);
-}
-
-// As with NCCL, transfers of no bytes do not take place.
-DoubleFabric::Transfers DoubleNetwork::post(
-    const std::shared_ptr<DoubleStream>& stream,
-    std::span<const Send> sends,
-    std::span<const Receive> receives) {
-  DoubleFabric::Transfers transfers;
-  const auto side = [&](const std::byte* memory, size_t bytes) {
-    return DoubleFabric::Side{
-        stream,
-        stream->enqueued,
-        self().turns,
-        const_cast<std::byte*>(memory),
-        bytes};
-  };
-  for (const auto& [peer, data, bytes] : sends) {
-    if (bytes > 0) {
-      transfers.push_back(fabric_->post(index_, peer, true, side(data, bytes)));
-    }
-  }
-  for (const auto& [peer, data, bytes] : receives) {
-    if (bytes > 0) {
-      transfers.push_back(
-          fabric_->post(peer, index_, false, side(data, bytes)));
-    }
-  }
-  return transfers;
-}
-
-// The item may outlive this object.
-StreamItem DoubleNetwork::makeItem(DoubleFabric::Transfers all) {
-  const auto transfers =
-      std::make_shared<const DoubleFabric::Transfers>(std::move(all));
-  const auto fabric = fabric_;
-  const int index = index_;
-  return {
-      [=] { return fabric->describe(*transfers); },
-      [=] { return fabric->isReady(*transfers, index); },
-      [=] { return fabric->advance(*transfers, index); }};
 }
 
 void DoubleNetwork::abort() noexcept {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cuda/double_device.hpp"
+#include "cuda/double_graph.hpp"
 #include "cuda/double_memory.hpp"
 #include "cuda/double_streams.hpp"
 
@@ -23,6 +24,9 @@ class DoubleFabric;
 /// A record of an event; it lives as long as work waits for it.
 struct DoubleMark {
   bool done = false;
+  /// Of one that was recorded in a capture, which is never done.
+  std::shared_ptr<DoubleGraph> capture = nullptr;
+  DoubleGraph::Nodes tips = {};
 };
 
 struct DoubleEvent {
@@ -39,7 +43,20 @@ struct DoubleWorld::State {
     std::set<uint64_t> failures = {};
     std::set<uint64_t> foreignFailures = {};
     bool capturing = false;
-    std::string error = {};  // all later calls throw it
+    std::string error = {};                        // all later calls throw it
+    std::map<std::string, int> failingCalls = {};  // how often
+
+    void failIfAsked(const std::string& name) {
+      const auto found = failingCalls.find(name);
+      if (found != failingCalls.end() && found->second > 0) {
+        found->second -= 1;
+        const std::string text = name + " fails, as failCalls() asked";
+        if (name.starts_with("allocate")) {
+          throw DeviceFullError(text);
+        }
+        throw DeviceError(text);
+      }
+    }
   };
 
   State(int size, unsigned seed);
@@ -53,7 +70,11 @@ struct DoubleWorld::State {
       if (!error.empty()) {
         throw DeviceError("work failed before: " + error);
       }
+      at(rank).failIfAsked(name);
       return body(lock);
+    } catch (const DeviceFullError& thrown) {
+      throw DeviceFullError(
+          concat("rank ", rank, ": ", name, ": ", thrown.what()));
     } catch (const DeviceError& thrown) {
       throw DeviceError(concat("rank ", rank, ": ", name, ": ", thrown.what()));
     }
@@ -84,6 +105,7 @@ struct DoubleWorld::State {
   std::vector<Rank> ranks;
   std::map<uint64_t, DoubleEvent> events;
   uint64_t nextEvent = 1;
+  uint64_t nextGraph = 1;
   std::vector<std::string> errors;
   // By ranks and name: the networks made so far.
   using FabricKey = std::pair<std::vector<int>, std::string>;

@@ -13,6 +13,8 @@ namespace {
 // Items wait this long for more to come, so that the choice is among many.
 constexpr auto kLag = std::chrono::microseconds(200);
 constexpr auto kLongestLag = std::chrono::milliseconds(5);
+constexpr auto kLook = std::chrono::milliseconds(1);
+constexpr auto kIdle = std::chrono::milliseconds(1000);
 // One item or so many wait at most, by the seed.
 constexpr size_t kMostQueued[] = {1, 4, 32, 256};
 
@@ -51,19 +53,53 @@ void DoubleStreams::stop() {
   }
 }
 
-Device::Stream DoubleStreams::make(int rank) {
-  const uint64_t number = nextNumber_++;
+std::shared_ptr<DoubleStream> DoubleStreams::add(int rank) {
   auto stream = std::make_shared<DoubleStream>();
   stream->rank = rank;
-  stream->number = number;
-  streams_[number] = std::move(stream);
-  return reinterpret_cast<Device::Stream>(number);
+  stream->number = nextNumber_++;
+  streams_[stream->number] = stream;
+  return stream;
+}
+
+Device::Stream DoubleStreams::make(int rank) {
+  return reinterpret_cast<Device::Stream>(add(rank)->number);
+}
+
+std::shared_ptr<DoubleStream> DoubleStreams::makeForNode(
+    int rank, std::function<bool()> gate) {
+  auto stream = add(rank);
+  stream->destroyed = true;
+  stream->gate = std::move(gate);
+  return stream;
+}
+
+std::set<std::shared_ptr<DoubleGraph>> DoubleStreams::captures(int rank) const {
+  std::set<std::shared_ptr<DoubleGraph>> found;
+  for (const auto& [number, stream] : streams_) {
+    if (stream->rank == rank && stream->capture != nullptr) {
+      found.insert(stream->capture);
+    }
+  }
+  return found;
+}
+
+void DoubleStreams::endCapture(const std::shared_ptr<DoubleGraph>& graph) {
+  for (const auto& [number, stream] : streams_) {
+    if (stream->capture == graph) {
+      stream->capture = nullptr;
+      stream->beganCapture = false;
+      stream->tips.clear();
+    }
+  }
 }
 
 void DoubleStreams::destroy(int rank, Device::Stream stream) {
   const auto found = find(rank, stream);
   if (found->number < stalled_.size()) {
     throw DeviceError("destroyStream: the default stream stays");
+  }
+  if (found->capture != nullptr) {
+    throw DeviceError("destroyStream: the stream is in a capture");
   }
   found->destroyed = true;
   if (found->items.empty()) {
@@ -154,7 +190,7 @@ void DoubleStreams::settle(Lock& lock) {
 }
 
 bool DoubleStreams::ready(const DoubleStream& stream) const {
-  return !stream.items.empty() && !stalled(stream.rank) &&
+  return !stream.items.empty() && open(stream) &&
          (!stream.items.front().ready || stream.items.front().ready());
 }
 
@@ -174,7 +210,8 @@ std::string DoubleStreams::deadlock() const {
     if (ready(*stream)) {
       return "";
     }
-    if (!stream->items.empty()) {
+    const bool gated = stream->gate && !stream->gate();  // for another one here
+    if (!stream->items.empty() && !gated) {
       text += concat(
           text.empty() ? "" : "; ",
           "rank ",
@@ -244,7 +281,8 @@ void DoubleStreams::work() {
     const Streams streams = readyStreams();
     if (streams.empty()) {
       moved_.notify_all();
-      wake_.wait(lock);
+      // The host may set a flag, of which nobody is told.
+      wake_.wait_for(lock, queued_ > 0 ? kLook : kIdle);
     } else if (const auto start = startsAt(); start > Clock::now()) {
       wake_.wait_until(lock, start);
     } else {

@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -21,6 +22,9 @@
 #include "process_group/device/device.hpp"
 
 namespace automoe::testing {
+
+class DoubleGraph;
+struct DoubleStream;
 
 struct StreamItem {
   /// What it does or waits for, for texts.
@@ -31,6 +35,9 @@ struct StreamItem {
   std::function<bool()> step = [] { return true; };
   /// Only kernels run without the lock: what they do may take long.
   bool locked = true;
+  /// Of one that is not the same each time a graph runs: makes it anew, for the
+  /// stream that is to run it.
+  std::function<StreamItem(const std::shared_ptr<DoubleStream>&)> again = {};
 };
 
 struct DoubleStream {
@@ -40,6 +47,14 @@ struct DoubleStream {
   uint64_t done = 0;
   bool destroyed = false;
   std::deque<StreamItem> items = {};
+  /// Of a node of a graph: all that it comes after is done. Empty: always.
+  std::function<bool()> gate = {};
+
+  using Nodes = std::set<size_t>;
+  /// What it gets is recorded there; null: it is in no capture.
+  std::shared_ptr<DoubleGraph> capture = nullptr;
+  bool beganCapture = false;
+  Nodes tips = {};  // which the next node comes after
 };
 
 /// The caller holds mutex() in all calls but stop(). ready() and step() are
@@ -59,6 +74,13 @@ class DoubleStreams {
   /// A null stream is the rank's default stream.
   std::shared_ptr<DoubleStream> find(int rank, Device::Stream stream) const;
   std::vector<std::string> leaks(int rank) const;
+  /// For one item; it goes when that is done.
+  std::shared_ptr<DoubleStream> makeForNode(
+      int rank, std::function<bool()> gate);
+  /// The captures that streams of the rank are in.
+  std::set<std::shared_ptr<DoubleGraph>> captures(int rank) const;
+  /// Its streams are in no capture any more.
+  void endCapture(const std::shared_ptr<DoubleGraph>& graph);
 
   void enqueue(DoubleStream& stream, StreamItem item);
   /// Something that items look at has changed.
@@ -70,6 +92,10 @@ class DoubleStreams {
 
   /// Throws DeviceError where no stream can move for as long as `patience`.
   void wait(Lock& lock, const std::string& what, std::function<bool()> done);
+  /// Whether it may begin what it has next.
+  bool open(const DoubleStream& stream) const {
+    return !stalled(stream.rank) && (!stream.gate || stream.gate());
+  }
   /// Until no item can run.
   void settle(Lock& lock);
   void setPatience(Clock::duration patience) { patience_ = patience; }
@@ -97,6 +123,7 @@ class DoubleStreams {
   };
   using Streams = std::vector<std::shared_ptr<DoubleStream>>;
 
+  std::shared_ptr<DoubleStream> add(int rank);
   bool ready(const DoubleStream& stream) const;
   Streams readyStreams() const;
   bool late(const DoubleStream& stream) const;

@@ -30,7 +30,13 @@ void DoubleWorld::State::enqueue(
       throw std::runtime_error(concat("call ", n, " fails in another way"));
     }
     const auto found = streams.find(rank, stream);
-    if (auto item = make(*found)) {
+    auto item = make(*found);
+    if (!item) {
+      return;
+    }
+    if (found->capture != nullptr) {
+      found->capture->add(*found, std::move(*item));
+    } else {
       streams.enqueue(*found, std::move(*item));
     }
   });
@@ -64,6 +70,11 @@ void DoubleWorld::failAt(int rank, uint64_t n, bool foreign) {
   const State::Lock lock(state_->streams.mutex());
   State::Rank& it = state_->at(rank);
   (foreign ? it.foreignFailures : it.failures).insert(n);
+}
+
+void DoubleWorld::failCalls(int rank, const std::string& method, int times) {
+  const State::Lock lock(state_->streams.mutex());
+  state_->at(rank).failingCalls[method] = times;
 }
 
 void DoubleWorld::setCapturing(int rank, bool capturing) {

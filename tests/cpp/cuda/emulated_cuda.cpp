@@ -2,7 +2,9 @@
 #include "cuda/emulated_cuda.hpp"
 
 #include <atomic>
+#include <mutex>
 #include <numeric>
+#include <set>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -23,6 +25,9 @@ constexpr unsigned kMostThreads = 1024;
 std::atomic<uint64_t> seedOfAll = 1;
 std::atomic<uint64_t> launches = 0;
 std::atomic<uint64_t> launchesOfSeed = 0;
+std::atomic<uint64_t> unloadedLaunches = 0;
+std::mutex loadedMutex;
+std::set<const void*> loaded;  // guarded by loadedMutex
 
 constinit thread_local Launch* running = nullptr;
 
@@ -43,6 +48,30 @@ void setSeed(uint64_t seed) {
 
 uint64_t countLaunches() {
   return launches;
+}
+
+uint64_t countUnloadedLaunches() {
+  return unloadedLaunches;
+}
+
+void unloadKernels() {
+  const std::lock_guard lock(loadedMutex);
+  loaded.clear();
+}
+
+std::vector<KnownKernel>& knownKernels() {
+  static std::vector<KnownKernel> all;
+  return all;
+}
+
+void load(const void* kernel) {
+  const std::lock_guard lock(loadedMutex);
+  loaded.insert(kernel);
+}
+
+void launching(const void* kernel) {
+  const std::lock_guard lock(loadedMutex);
+  unloadedLaunches += loaded.insert(kernel).second ? 1 : 0;
 }
 
 void run(

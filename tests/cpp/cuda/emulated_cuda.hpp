@@ -13,6 +13,7 @@
 #include <source_location>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -52,6 +53,10 @@ struct uint2 {
 void setSeed(uint64_t seed);
 /// Launches of this process so far.
 uint64_t countLaunches();
+/// Those of them whose kernel was not loaded before.
+uint64_t countUnloadedLaunches();
+/// Loads nothing, but forgets what was.
+void unloadKernels();
 
 /// Runs the body once for each thread of the grid. `name` is for errors.
 void run(
@@ -60,6 +65,31 @@ void run(
     unsigned blockThreads,
     size_t sharedBytes,
     const std::function<void()>& body);
+
+/// What CUDA does when a kernel is first used, or asked for its attributes.
+void load(const void* kernel);
+/// To be called before run().
+void launching(const void* kernel);
+
+/// A kernel by its mangled name, which is within that of a type.
+struct KnownKernel {
+  const char* name;
+  size_t callBytes;
+  void (*invoke)(const void* call);  // by one thread
+};
+std::vector<KnownKernel>& knownKernels();
+
+template <auto kFunction>
+struct Known;
+template <class Call, void (*kFunction)(Call)>
+struct Known<kFunction> {
+  static void add(const char* name) {
+    knownKernels().push_back(
+        {name, sizeof(Call), [](const void* call) {
+           kFunction(*static_cast<const std::remove_const_t<Call>*>(call));
+         }});
+  }
+};
 
 // ---- For kernels ----
 
