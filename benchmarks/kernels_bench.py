@@ -19,6 +19,8 @@ import kernels_ranks
 import kernels_report as report
 import torch
 import torch.distributed as dist
+from kernels_figures import figure_line, make_figures
+from kernels_row import Row
 from kernels_timing import Timer
 from options import at_least
 
@@ -26,10 +28,12 @@ _EPILOG = """\
 examples:
   python benchmarks/kernels_bench.py
   python benchmarks/kernels_bench.py --hops --launches --overlap --json kernels.json
+  python benchmarks/kernels_bench.py --skip-kernels --hops --overlap --nodes 2
   python benchmarks/kernels_bench.py --device cpu --tokens 64 --hidden 256 --iters 3
 
-What cannot be measured here is a line "not measured: WHAT: needs ...". The exit status
-is 1 if a result was wrong. Columns: docs/gpu.md.
+What cannot be measured here is a line "not measured: WHAT: needs ...". The figures at
+the end are the worst rows of a kind beside what is expected. The exit status is 1 if a
+result was wrong, whatever the figures say. Columns and figures: docs/gpu.md.
 """
 
 
@@ -66,8 +70,16 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--hops", action="store_true", help="dispatch and combine between ranks")
     add("--launches", action="store_true", help="the chain of launches at T=16")
-    add("--overlap", action="store_true", help="how much of a dispatch is hidden")
-    add("--ranks", type=at_least(2), default=2, help="of these parts, on one device")
+    add("--overlap", action="store_true", help="how much of an exchange is hidden")
+    add(
+        "--ranks",
+        type=at_least(1),
+        help="of these parts, which share a device where there are fewer (2 of hops, "
+        "1 of launches and overlap, at least one for each node)",
+    )
+    add("--nodes", type=at_least(1), default=1, help="that the ranks call theirs (1)")
+    add("--max-ctas", type=at_least(1), help="as in torch_automoe.Options (no limit)")
+    add("--chunks", type=at_least(2), default=4, help="of moe, in overlap (4)")
     add("--product", type=at_least(1), default=2048, help="size of overlap's products")
     add("--skip-kernels", action="store_true", help="only the parts that are named")
     add("--json", metavar="FILE", help="everything, with every time")
@@ -76,6 +88,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--topk is {options.topk}, expected at most --experts, "
             f"which is {options.experts}"
+        )
+    if options.ranks and options.ranks < options.nodes:
+        parser.error(
+            f"--ranks is {options.ranks}, expected at least --nodes, "
+            f"which is {options.nodes}"
         )
     if options.json and not os.access(os.path.dirname(options.json) or ".", os.W_OK):
         parser.error(
@@ -124,13 +141,14 @@ def make_header(options: argparse.Namespace, device: torch.device) -> dict[str, 
         "device": describe_device(device),
         "versions": ", ".join(filter(None, [run_header.versions(), nccl])),
         "shape": f"T={options.tokens} K={options.topk} E={options.experts} bfloat16",
+        "max_ctas": options.max_ctas or "no limit",
         "iterations": f"{options.iters}, {options.warmup} warm-up, in turn",
     }
 
 
 def run_kernels(
     options: argparse.Namespace, device: torch.device, triton: ModuleType | None
-) -> list[report.Row]:
+) -> list[Row]:
     """Time every job at every size on this rank alone, and print the rows."""
     timer = Timer(device, options.flush_bytes)
     rows = []
@@ -176,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     for key, value in header.items():
         print(f"# {key}: {value}")
     print("\n".join(report.table_header()), flush=True)
-    rows: list[report.Row] = []
+    rows: list[Row] = []
     if not options.skip_kernels:
         kernels_calls.make_group()
         rows = run_kernels(options, device, triton)
@@ -186,11 +204,14 @@ def main(argv: list[str] | None = None) -> int:
         print(report.table_line(row))
     rows += of_ranks
     not_measured += more
+    figures = make_figures(rows, device.type == "cuda")
     for line in not_measured:
         print(f"# not measured: {line}")
+    for figure in figures:
+        print(figure_line(figure))
     print(report.footer(rows))
     if options.json:
-        report.write_json(options.json, header, rows, not_measured)
+        report.write_json(options.json, header, rows, figures, not_measured)
     return int(any(row.wrong for row in rows))
 
 

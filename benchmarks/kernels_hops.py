@@ -1,50 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of kernels_bench.py run: dispatch and combine beside other ways."""
+"""Other ways to carry the rows of dispatch and combine, for kernels_bench.py."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import torch_automoe as automoe
-
-Call = Callable[[], Tensor]
 # The first NCCL that runs several ranks on one GPU.
 SHARING_NCCL = (2, 30)
-
-
-@dataclass
-class Contest:
-    """Times calls of all ranks: from a meeting to the end of the slowest rank."""
-
-    device: torch.device
-    iters: int
-    warmup: int
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def in_turn(self, calls: list[Callable[[], object]]) -> list[list[float]]:
-        """Microseconds of each call: A B C A B C. Collective."""
-        times: list[list[float]] = [[] for _ in calls]
-        for step in range(self.warmup + self.iters):
-            for own, call in zip(times, calls, strict=True):
-                dist.all_reduce(torch.zeros(1))
-                begin = time.perf_counter()
-                call()
-                self.synchronize()
-                if step >= self.warmup:
-                    own.append((time.perf_counter() - begin) * 1e6)
-        slowest = torch.tensor(times, dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        return slowest.tolist()
 
 
 class Expanded:
@@ -189,53 +155,3 @@ def _try_peer(make: Callable[[], object]) -> tuple[object, str | None]:
     faults: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
     return peer, next(filter(None, faults), None)
-
-
-def count_launches(chain: Callable[[], object]) -> int:
-    """Kernels, copies and fills that a call puts on the GPU."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        chain()
-        torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in found.events())
-
-
-def one_chain(x: Tensor, plan: automoe.Plan) -> Callable[[], Tensor]:
-    """dispatch and combine, in one call."""
-
-    def run() -> Tensor:
-        rows, _ = automoe.dispatch(x, None, plan)
-        return automoe.combine(rows, plan)
-
-    return run
-
-
-def launch_empty(count: int) -> None:
-    for _ in range(count):
-        torch.cuda._sleep(0)
-
-
-def overlap_calls(
-    contest: Contest, x: Tensor, plan: automoe.Plan, size: int
-) -> list[Callable[[], object]]:
-    """A dispatch, products that last as long, and both at once. Collective."""
-    matrix = torch.randn(size, size, device=x.device).to(x.dtype)
-
-    def communicate() -> object:
-        return automoe.dispatch(x, None, plan, async_op=True).wait()
-
-    def multiply() -> None:
-        for _ in range(repeats):
-            torch.mm(matrix, matrix)
-
-    def both() -> object:
-        pending = automoe.dispatch(x, None, plan, async_op=True)
-        multiply()
-        return pending.wait()
-
-    repeats = 1
-    alone, one = map(statistics.median, contest.in_turn([communicate, multiply]))
-    repeats = max(1, round(alone / one))
-    return [communicate, multiply, both]

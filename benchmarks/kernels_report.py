@@ -5,38 +5,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
+from kernels_figures import Figure
+from kernels_row import Row
 from report import percentile
-
-
-@dataclass
-class Row:
-    """One contender on one job.
-
-    Attributes:
-        part: "kernels", "hops", "launches" or "overlap".
-        bytes: of rows, read and written; of hops, those that go to experts.
-        gbps: bytes / median, GB of 1e9.
-        of_copy: the median of a copy of as many bytes / this median.
-        ratio: of launches, the median / that of an empty chain; of overlap, the share
-            of the shorter of both that was hidden.
-        wrong: elements of the result that are not what they must be.
-    """
-
-    part: str
-    job: str
-    contender: str
-    hidden: int
-    bytes: int | None
-    median_us: float
-    p99_us: float
-    gbps: float | None
-    of_copy: float | None = None
-    ratio: float | None = None
-    wrong: int = 0
-    times_us: list[float] = field(default_factory=list)
 
 
 def make_row(
@@ -63,6 +37,8 @@ _COLUMNS = (
     ("part", "", 9, "part", "s"),
     ("job", "", 11, "job", "s"),
     ("contender", "", 24, "contender", "s"),
+    ("ranks", "", 5, "ranks", "d"),
+    ("nodes", "", 5, "nodes", "d"),
     ("H", "", 6, "hidden", "d"),
     ("bytes", "(B)", 12, "bytes", "d"),
     ("time p50", "(us)", 11, "median_us", ".1f"),
@@ -100,13 +76,18 @@ def footer(rows: list[Row]) -> str:
 
 
 def write_json(
-    path: str, header: dict[str, object], rows: list[Row], not_measured: list[str]
+    path: str,
+    header: dict[str, object],
+    rows: list[Row],
+    figures: list[Figure],
+    not_measured: list[str],
 ) -> None:
-    """Write header, rows with every time, and what was not measured."""
+    """Write header, rows with every time, figures, and what was not measured."""
     document = {
         "benchmark": "kernels",
         "header": header,
         "rows": [asdict(row) for row in rows],
+        "figures": [asdict(figure) for figure in figures],
         "not_measured": not_measured,
         "wrong": sum(row.wrong for row in rows),
     }
