@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +74,7 @@ _PROGRAMS = [
 @pytest.fixture(scope="module")
 def launches(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[FreshRun]]]:
+) -> dict[str, Future[FreshRun]]:
     """Every selected program, two at a time: they mostly wait for imports."""
     folder = tmp_path_factory.mktemp("stores")
 
@@ -90,9 +90,9 @@ def launches(
     ]
     with ThreadPoolExecutor(max_workers=2) as threads:
         futures = {it.name: threads.submit(launch, it) for it in selected}
-        yield futures
-        for future in futures.values():
-            future.cancel()
+        # Launching reads os.environ, which pytest changes from test to test.
+        wait(futures.values())
+    return futures
 
 
 @pytest.mark.parametrize("program", _PROGRAMS, ids=lambda program: program.name)

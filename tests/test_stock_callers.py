@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -175,7 +175,7 @@ _PROGRAMS: dict[str, tuple[Callable[..., None], tuple[int, ...], dict[str, str]]
 @pytest.fixture(scope="module")
 def launches(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[FreshRun]]]:
+) -> dict[str, Future[FreshRun]]:
     """Every selected program, two at a time: they mostly wait for imports."""
     folder = tmp_path_factory.mktemp("programs")
 
@@ -189,7 +189,10 @@ def launches(
         if item.module is request.module and "launches" in item.fixturenames
     ]
     with ThreadPoolExecutor(max_workers=2) as threads:
-        yield {name: threads.submit(launch, name) for name in selected}
+        futures = {name: threads.submit(launch, name) for name in selected}
+        # Launching reads os.environ, which pytest changes from test to test.
+        wait(futures.values())
+    return futures
 
 
 @pytest.mark.parametrize("name", _PROGRAMS)
