@@ -27,8 +27,8 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py tools/c
   $(shell find csrc)
 CPP_FILES = $(shell find csrc tests/cpp -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help venv build train test test-all test-gpu cpp-test lint format wheel sdist \
-  wheel-check clean ip
+.PHONY: help venv build train test test-all test-gpu test-without-gpu cpp-test lint \
+  format wheel sdist wheel-check clean ip
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | \
@@ -61,6 +61,9 @@ cpp-test: $(VENV)/.made
 	cmake --build $(CORE)
 	timeout 900 $(CORE)/automoe_tests --gtest_brief=1
 	timeout 300 $(CORE)/kill_ranks --gtest_brief=1
+# Half of the program is not compiled for this, so its containers are not known.
+	ASAN_OPTIONS=detect_container_overflow=0 \
+	  timeout 600 $(CORE)/automoe_kernel_tests --gtest_brief=1
 
 test: build ip cpp-test ## run the C++ tests and the Python tests that are not slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -70,6 +73,9 @@ test-all: build ip cpp-test ## run every test, the heavy matrices too
 
 test-gpu: ## build with the torch of PYTHON and run what needs a GPU
 	@PATH="$(HOST_PATH)" tools/test_gpu.sh
+
+test-without-gpu: ## run what can be of the tests for GPUs; PYTHON has torch for CUDA
+	@tools/test_without_gpu.sh $(ARGS)
 
 lint: build ## check formatting, Python style, include levels and file sizes
 	@echo "clang-format of $(words $(CPP_FILES)) files"

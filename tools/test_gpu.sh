@@ -51,10 +51,22 @@ build() {
     echo "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME" >&2
     return 1
   fi
+  # Without isolation, what builds is what is installed. 77 reads the license of ours.
+  "$python" - <<'END' || return 1
+import sys
+from importlib.metadata import PackageNotFoundError, version
+for name in ("pip", "setuptools"):
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        sys.exit(f"there is no {name}, by which the package is built: install it")
+    if name == "setuptools" and int(found.split(".")[0]) < 77:
+        sys.exit(f"setuptools is {found}, expected 77 or newer: upgrade it")
+END
   # For this GPU alone, and whatever an unknown compiler warns of.
   local architecture args
   architecture=$("$python" -c 'import torch
-print("%d%d" % torch.cuda.get_device_capability())')
+print("%d%d" % torch.cuda.get_device_capability())') || return 1
   args="-DAUTOMOE_CUDA=ON -DAUTOMOE_CUDA_ARCHITECTURES=$architecture"
   limited "$limit" env CMAKE_ARGS="${CMAKE_ARGS:-} $args -DAUTOMOE_WERROR=OFF" \
     "$python" -m pip install -q --disable-pip-version-check --no-build-isolation \
@@ -112,14 +124,25 @@ fi
 
 if [ "${GPU_TEST_BUILD:-1}" != 0 ]; then
   step "building"
-  build
+  status=0
+  build || status=$?
+  case $status in
+    0) ;;
+    124 | 137)
+      echo "FAILED: the build, ended at the limit of $limit s (GPU_TEST_SECONDS)"
+      exit 1 ;;
+    *)
+      echo "FAILED: the build (exit status $status)"
+      exit 1 ;;
+  esac
 fi
 
 step "what is here"
 echo "$found"
 nvidia-smi -L || not_run+=("the list of GPUs: needs nvidia-smi")
-"$python" -m torch_automoe.info
-"$python" -c 'import torch_automoe; print(torch_automoe.explain_topology())'
+limited 60 "$python" -m torch_automoe.info || failed+=("automoe info")
+limited 60 "$python" -c 'import torch_automoe; print(torch_automoe.explain_topology())' ||
+  failed+=("explain_topology")
 
 step "tests/gpu"
 run_tests
