@@ -18,6 +18,11 @@ if WITHOUT_GPU:
 
     _INSTEAD_OF_TORCHS = cuda_on_cpu.install()
 
+# For one test. Without a GPU, ranks and what stands for GPUs share few cores.
+SECONDS = 300 if WITHOUT_GPU else 60
+# In which ranks must have heard of one that is lost, and ended.
+HEARD_SECONDS = 60 if WITHOUT_GPU else 15
+
 KIND = "cuda"  # a test without a GPU puts another kind of device here
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 OTHERS = ("bool", "uint8", "int16", "int64", "float8_e4m3fn", "complex64")

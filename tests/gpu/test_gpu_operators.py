@@ -7,9 +7,7 @@ import gpu_cases
 import gpu_operators as programs
 import pytest
 from distributed import RankPool
-from gpu_cases import CASES, Case
-
-SECONDS = 60  # for one test
+from gpu_cases import CASES, SECONDS, Case
 
 on_pools = pytest.mark.parametrize(
     "rank_pool",

@@ -8,8 +8,8 @@ import gpu_streams
 import pytest
 import torch
 from distributed import RankPool
+from gpu_cases import SECONDS
 
-SECONDS = 60  # for one test
 SHARING = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}
 _FIRST_TO_SHARE = (2, 30)
 DIRECT = "CUDA tensors go between the GPUs themselves"

@@ -40,9 +40,29 @@ bool attempt(const Work& work) {
 }
 
 /// Streams live until the end of the process: a thread of torch's may be late.
+/// Whoever waits for one keeps it, as another thread may destroy it meanwhile.
 struct Streams {
   std::mutex mutex;
-  std::set<Stream*> all;
+  std::map<const Stream*, std::shared_ptr<Stream>> all;
+
+  Stream& make(int priority) {
+    auto made = std::make_shared<Stream>(priority);
+    const std::lock_guard lock(mutex);
+    return *(all[made.get()] = made);
+  }
+  std::shared_ptr<Stream> take(const Stream& stream) {
+    const std::lock_guard lock(mutex);
+    const auto found = all.extract(&stream);
+    return found.empty() ? nullptr : found.mapped();
+  }
+  std::vector<std::shared_ptr<Stream>> list() {
+    std::vector<std::shared_ptr<Stream>> listed;
+    const std::lock_guard lock(mutex);
+    for (const auto& [address, stream] : all) {
+      listed.push_back(stream);
+    }
+    return listed;
+  }
 };
 
 Streams& streams() {
@@ -76,15 +96,9 @@ cudaError_t takeLastError() {
 
 Stream::Stream(int priority) : priority_(priority) {
   thread_ = std::thread([this] { work(); });
-  const std::lock_guard lock(streams().mutex);
-  streams().all.insert(this);
 }
 
 Stream::~Stream() {
-  {
-    const std::lock_guard lock(streams().mutex);
-    streams().all.erase(this);
-  }
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
@@ -221,8 +235,7 @@ void Stream::beginCapture() {
 
 std::shared_ptr<Graph> Stream::endCapture() {
   const auto graph = capture();
-  const std::lock_guard lock(streams().mutex);
-  for (Stream* each : streams().all) {
+  for (const auto& each : streams().list()) {
     const std::lock_guard held(each->mutex_);
     if (each->capture_ == graph) {
       each->capture_ = nullptr;
@@ -237,20 +250,14 @@ std::shared_ptr<Graph> Stream::capture() {
 }
 
 Stream& streamOf(cudaStream_t stream) {
-  static auto* const standard = new Stream(0);
+  static Stream& standard = streams().make(0);
   const bool isStandard = stream == nullptr || stream == cudaStreamLegacy ||
                           stream == cudaStreamPerThread;
-  return isStandard ? *standard : *reinterpret_cast<Stream*>(stream);
+  return isStandard ? standard : *reinterpret_cast<Stream*>(stream);
 }
 
 void synchronizeAll() {
-  streamOf(nullptr);
-  std::vector<Stream*> all;
-  {
-    const std::lock_guard lock(streams().mutex);
-    all.assign(streams().all.begin(), streams().all.end());
-  }
-  for (Stream* stream : all) {
+  for (const auto& stream : streams().list()) {
     stream->synchronize();
   }
 }
@@ -266,7 +273,7 @@ Event& eventOf(cudaEvent_t event) {
 }
 
 cudaError_t make(cudaStream_t* stream, int priority) {
-  *stream = reinterpret_cast<cudaStream_t>(new Stream(priority));
+  *stream = reinterpret_cast<cudaStream_t>(&streams().make(priority));
   return deviceError();
 }
 
@@ -295,7 +302,9 @@ cudaError_t cudaStreamCreateWithPriority(
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   // As CUDA does, at once: the work goes on.
-  std::thread([gone = &streamOf(stream)] { delete gone; }).detach();
+  std::thread([gone = streams().take(streamOf(stream))]() mutable {
+    gone.reset();
+  }).detach();
   return deviceError();
 }
 
