@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "process_group/device/cuda_device.hpp"
 #include "process_group/device/device_facts.hpp"
 #include "process_group/device/device_probe.hpp"
+#include "process_group/exchange/device_agreement.hpp"
 #include "process_group/exchange/schedules.hpp"
 
 namespace automoe {
@@ -102,6 +104,10 @@ std::string firstFault(const Texts& faults) {
   return "";
 }
 
+std::string firstLine(const std::string& text) {
+  return text.substr(0, text.find('\n'));
+}
+
 /// What `make` fails with, or nothing.
 template <typename Make>
 std::string faultOf(const Make& make) {
@@ -110,8 +116,7 @@ std::string faultOf(const Make& make) {
     return "";
   } catch (const std::exception& error) {
     // Torch's, too: the others wait to be told.
-    const std::string what = error.what();
-    return what.substr(0, what.find('\n'));
+    return firstLine(error.what());
   }
 }
 
@@ -153,46 +158,90 @@ struct Made {
   std::string obstacle;
 };
 
-/// Of all nodes; null, and no fault, where there is one node.
-std::unique_ptr<DeviceNetwork> makeNetwork(
-    const RegisteredGroup& group, int ordinal, std::string& fault) {
-  const Topology& topology = group.group->topology();
-  if (topology.numNodes() == 1) {
-    return nullptr;
-  }
-  const NcclLibrary library = openNccl();
+/// What rank 0 has made. Collective, as is the agreement.
+NcclId agreeOnNcclId(
+    const RegisteredGroup& group,
+    DeviceAgreement& agreement,
+    const NcclFunctions& functions) {
   NcclId id = {};
-  std::string own;  // rank 0 tells the identifier, or nothing
-  if (topology.rank() == 0) {
-    fault = faultOf([&] { id = makeNcclId(library.functions); });
-    own = fault.empty()
-              ? std::string(reinterpret_cast<const char*>(id.data()), id.size())
-              : "";
-  }
-  const Texts texts = gatherTexts(group, std::move(own));
-  if (texts[0].size() != id.size()) {
-    fault = fault.empty() ? "rank 0 could not begin with NCCL" : fault;
-    return nullptr;
-  }
-  std::memcpy(id.data(), texts[0].data(), id.size());
-  const int maxCtas = group.options->maxCtas.value_or(0);
-  if (maxCtas > 0 && library.version < 21700) {
+  std::string own;
+  agreement.take([&] {
+    if (group.group->topology().rank() == 0) {
+      id = makeNcclId(functions);
+      own.assign(reinterpret_cast<const char*>(id.data()), id.size());
+    }
+  });
+  const std::string made = gatherTexts(group, std::move(own))[0];
+  AUTOMOE_CHECK(
+      made.size() == id.size(),
+      "rank 0 tells an NCCL identifier of ",
+      made.size(),
+      " bytes, expected ",
+      id.size());
+  std::memcpy(id.data(), made.data(), id.size());
+  return id;
+}
+
+NcclNetwork::Terms termsOf(
+    const RegisteredGroup& group, const NcclLibrary& library) {
+  NcclNetwork::Terms terms;
+  terms.timeout = group.options->timeout;
+  terms.maxCtas = group.options->maxCtas.value_or(0);
+  if (terms.maxCtas > 0 && library.version < 21700) {
     log(LogLevel::kWarn,
         concat(
             "max_ctas does not limit NCCL ",
             ncclVersionText(library.version),
             " between nodes; NCCL >= 2.17 is needed for that"));
   }
+  return terms;
+}
+
+std::vector<int> othersOf(const Topology& topology) {
+  std::vector<int> others;
+  for (int rank = 0; rank < topology.size(); ++rank) {
+    if (rank != topology.rank()) {
+      others.push_back(rank);
+    }
+  }
+  return others;
+}
+
+/// Of all nodes; null where there is one node. Collective. Throws DeviceError,
+/// on all ranks alike.
+std::unique_ptr<DeviceNetwork> makeNetwork(
+    const RegisteredGroup& group, int ordinal) {
+  const Topology& topology = group.group->topology();
+  if (topology.numNodes() == 1) {
+    return nullptr;
+  }
+  const NcclLibrary library = openNccl();
+  DeviceAgreement agreement(
+      *group.engine, *group.group, group.options->timeout);
+  const NcclId id = agreeOnNcclId(group, agreement, library.functions);
+  NcclNetwork::Terms terms = termsOf(group, library);
+  std::atomic<bool> givenUp = false;
+  terms.givenUp = [&givenUp] { return givenUp.load(); };
   std::unique_ptr<DeviceNetwork> network;
-  fault = faultOf([&] {
-    network = makeCudaNetwork(
-        ordinal,
-        library.functions,
-        id,
-        {topology.rank(), topology.size()},
-        group.options->timeout,
-        maxCtas);
-  });
+  try {
+    // A rank where NCCL fails is not waited for by the others.
+    agreement.takeWith(
+        othersOf(topology),
+        [&] {
+          network = makeCudaNetwork(
+              ordinal,
+              library.functions,
+              id,
+              {topology.rank(), topology.size()},
+              terms);
+        },
+        [&] { givenUp = true; });
+  } catch (const std::exception&) {
+    if (network != nullptr) {
+      network->abort();
+    }
+    throw;
+  }
   return network;
 }
 
@@ -213,10 +262,11 @@ Made makeExchange(const RegisteredGroup& group, int ordinal) {
   if (!made.obstacle.empty()) {
     return made;
   }
-  std::string networkFault;
-  auto network = makeNetwork(group, ordinal, networkFault);
-  made.obstacle = firstFault(gatherTexts(group, std::move(networkFault)));
-  if (!made.obstacle.empty()) {
+  std::unique_ptr<DeviceNetwork> network;
+  try {
+    network = makeNetwork(group, ordinal);
+  } catch (const DeviceError& error) {
+    made.obstacle = firstLine(error.what());
     return made;
   }
   fault = faultOf([&] {

@@ -114,13 +114,12 @@ class Nccl : public testing::Test {
   ~Nccl() override { library = nullptr; }
 
   std::unique_ptr<NcclNetwork> make(
-      milliseconds timeout = milliseconds(5000), int maxCtas = 0) {
+      const NcclNetwork::Terms& terms = {.timeout = milliseconds(5000)}) {
     return std::make_unique<NcclNetwork>(
         makeFunctions(),
         makeNcclId(makeFunctions()),
         NcclNetwork::Place{1, 3},
-        timeout,
-        maxCtas);
+        terms);
   }
 
   template <typename Action>
@@ -157,7 +156,7 @@ TEST_F(Nccl, MakesANonblockingCommunicatorAndEndsItInOrder) {
 TEST_F(Nccl, ALimitOfBlocksIsToldInTheLayoutThatHasIt) {
   make()->abort();
   EXPECT_EQ(library_.config.version, 21400U);
-  make(milliseconds(5000), 4)->abort();
+  make({.timeout = milliseconds(5000), .maxCtas = 4})->abort();
   const Functions::Config& config = library_.config;
   EXPECT_EQ(config.size, sizeof(config));
   EXPECT_EQ(config.version, 21700U);
@@ -225,15 +224,28 @@ TEST_F(Nccl, AFailedStartLeavesNoCommunicator) {
 TEST_F(Nccl, WaitsForPeersNoLongerThanItsTimeout) {
   library_.state = Functions::kInProgress;
   EXPECT_EQ(
-      errorOf([&] { make(milliseconds(20)); }),
+      errorOf([&] { make({.timeout = milliseconds(20)}); }),
       "ncclCommInitRankConfig of rank 1 waits for its peers for more than 20 "
       "ms; see whether all 3 ranks make the same calls and can reach each "
       "other");
   EXPECT_EQ(library_.aborts, 1);
 }
 
+TEST_F(Nccl, StopsWaitingForPeersThatWillNotCome) {
+  library_.state = Functions::kInProgress;
+  NcclNetwork::Terms terms;
+  terms.timeout = milliseconds(60000);
+  int asked = 0;
+  terms.givenUp = [&asked] { return ++asked == 3; };
+  EXPECT_EQ(
+      errorOf([&] { make(terms); }),
+      "ncclCommInitRankConfig was given up, because another rank failed");
+  EXPECT_EQ(asked, 3);
+  EXPECT_EQ(library_.aborts, 1);
+}
+
 TEST_F(Nccl, AbortEndsAnExchangeThatWaits) {
-  auto network = make(milliseconds(60000));
+  auto network = make({.timeout = milliseconds(60000)});
   library_.take();
   library_.state = Functions::kInProgress;
   auto waiting = std::async(std::launch::async, [&] {

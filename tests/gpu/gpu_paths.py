@@ -36,8 +36,15 @@ def join(ranks_per_node: int) -> None:
     if dist.is_initialized():
         return
     node = int(os.environ["RANK"]) // ranks_per_node
-    os.environ["AUTOMOE_NODE"] = "ab"[node]
+    os.environ["AUTOMOE_NODE"] = "abc"[node]
     dist.init_process_group("automoe")
+
+
+def join_without_interface(refused: int) -> None:
+    """The same, each rank a node, on one of which NCCL finds no interface."""
+    if int(os.environ["RANK"]) == refused:
+        os.environ["NCCL_SOCKET_IFNAME"] = "=no_such"
+    join(1)
 
 
 def compare_and_describe() -> tuple[str, str]:

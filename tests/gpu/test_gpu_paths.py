@@ -33,11 +33,15 @@ def need_shared_nccl(ranks: int) -> dict[str, str]:
     return SHARING
 
 
+def skip_where_lacking(used: str) -> None:
+    if any(lack in used for lack in _LACKS):
+        pytest.skip(f"needs a machine that can do this: {used.splitlines()[-1]}")
+
+
 def expect_direct(texts: list[tuple[str, str]]) -> None:
     """Every rank says that GPUs are used directly, or what the machine lacks."""
     for used, _ in texts:
-        if any(lack in used for lack in _LACKS):
-            pytest.skip(f"needs a machine that can do this: {used.splitlines()[-1]}")
+        skip_where_lacking(used)
         assert DIRECT in used and STAGED not in used, used
 
 
@@ -92,6 +96,15 @@ def test_without_nccl_nodes_are_staged(make_rank_pool) -> None:
     pool.run(programs.join, 1, deadline=SECONDS)
     for used, _ in pool.run(programs.compare_and_describe, deadline=SECONDS):
         assert STAGED in used and "two ranks share a GPU" in used
+
+
+def test_a_rank_without_nccl_is_not_waited_for(make_rank_pool) -> None:
+    pool = make_rank_pool([3], backend=None, env=need_shared_nccl(3))
+    pool.run(programs.join_without_interface, 2, deadline=SECONDS)
+    for used, _ in pool.run(programs.compare_and_describe, deadline=SECONDS):
+        skip_where_lacking(used)
+        expected = f"{STAGED}: rank 2: ncclCommInitRankConfig failed: "
+        assert expected in used, used
 
 
 @pytest.mark.parametrize("nodes", [[1], [2]])

@@ -251,11 +251,10 @@ std::unique_ptr<DeviceNetwork> makeCudaNetwork(
     const NcclFunctions& functions,
     const NcclId& id,
     NcclNetwork::Place place,
-    std::chrono::milliseconds timeout,
-    int maxCtas) {
+    const NcclNetwork::Terms& terms) {
   const CudaContext context(ordinal);
   const CurrentContext current(context);
-  return std::make_unique<NcclNetwork>(functions, id, place, timeout, maxCtas);
+  return std::make_unique<NcclNetwork>(functions, id, place, terms);
 }
 
 }  // namespace automoe

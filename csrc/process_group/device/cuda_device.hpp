@@ -34,7 +34,6 @@ std::unique_ptr<DeviceNetwork> makeCudaNetwork(
     const NcclFunctions& functions,
     const NcclId& id,
     NcclNetwork::Place place,
-    std::chrono::milliseconds timeout,
-    int maxCtas);
+    const NcclNetwork::Terms& terms);
 
 }  // namespace automoe

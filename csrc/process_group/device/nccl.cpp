@@ -87,16 +87,15 @@ NcclNetwork::NcclNetwork(
     const NcclFunctions& functions,
     const NcclId& id,
     Place place,
-    std::chrono::milliseconds timeout,
-    int maxCtas)
-    : functions_(functions), place_(place), timeout_(timeout) {
+    const Terms& terms)
+    : functions_(functions), place_(place), timeout_(terms.timeout) {
   Functions::Id ncclId;
   std::memcpy(ncclId.bytes.data(), id.data(), id.size());
   Functions::Config config;
-  if (maxCtas > 0) {
+  if (terms.maxCtas > 0) {
     config.size = sizeof(config);
     config.version = 21700;
-    config.maxCtas = maxCtas;
+    config.maxCtas = terms.maxCtas;
   }
   const int result = functions_.commInitRankConfig(
       &communicator_, place.size, ncclId, place.rank, &config);
@@ -104,7 +103,7 @@ NcclNetwork::NcclNetwork(
     if (!accepted(result)) {
       fail("ncclCommInitRankConfig", result);
     }
-    settle("ncclCommInitRankConfig");
+    settle("ncclCommInitRankConfig", terms.givenUp);
   } catch (...) {
     if (communicator_ != nullptr) {
       functions_.commAbort(communicator_);
@@ -214,8 +213,8 @@ void NcclNetwork::enqueue(
 }
 
 /// Waits until the last call has been carried out (work of streams may still
-/// be under way).
-void NcclNetwork::settle(const char* call) {
+/// be under way), or `givenUp` says that it will not.
+void NcclNetwork::settle(const char* call, const Asked& givenUp) {
   const auto begin = Clock::now();
   while (true) {
     {
@@ -231,6 +230,10 @@ void NcclNetwork::settle(const char* call) {
       }
       if (state != Functions::kInProgress) {
         fail(call, state);
+      }
+      if (givenUp()) {
+        failure_ = concat(call, " was given up, because another rank failed");
+        throw DeviceError(failure_);
       }
       if (Clock::now() - begin > timeout_) {
         failure_ = concat(

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <climits>
 #include <cstddef>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -93,17 +94,24 @@ class NcclNetwork : public DeviceNetwork {
     int rank = 0;
     int size = 1;
   };
+  struct Terms {
+    /// Of the constructor, of each exchange until it is enqueued, and of the
+    /// end.
+    std::chrono::milliseconds timeout;
+    /// The most thread blocks of a kernel, 0: no limit. NCCL before 2.17 knows
+    /// none.
+    int maxCtas = 0;
+    /// Asked while the constructor waits: whether some rank will never come.
+    std::function<bool()> givenUp = [] { return false; };
+  };
 
   /// Collective: returns when all ranks are there. The device of this rank is
-  /// current. `timeout` is of this call, of each exchange until it is
-  /// enqueued, and of the end. `maxCtas`: the most thread blocks of a kernel, 0
-  /// for no limit; NCCL before 2.17 knows none. Throws DeviceError.
+  /// current. Throws DeviceError.
   NcclNetwork(
       const NcclFunctions& functions,
       const NcclId& id,
       Place place,
-      std::chrono::milliseconds timeout,
-      int maxCtas = 0);
+      const Terms& terms);
   /// The streams have passed all exchanges. Waits for the peers to come here
   /// too, unless a graph has exchanges.
   ~NcclNetwork() override;
@@ -123,7 +131,8 @@ class NcclNetwork : public DeviceNetwork {
       Device::Stream stream,
       std::span<const Send> sends,
       std::span<const Receive> receives);
-  void settle(const char* call);
+  using Asked = std::function<bool()>;
+  void settle(const char* call, const Asked& givenUp = [] { return false; });
   void requireHealthy() const;
   [[noreturn]] void fail(const char* call, int result);
   bool finalized() noexcept;

@@ -29,8 +29,7 @@ std::unique_ptr<DeviceNetwork> makeCudaNetwork(
     const NcclFunctions&,
     const NcclId&,
     NcclNetwork::Place,
-    std::chrono::milliseconds,
-    int) {
+    const NcclNetwork::Terms&) {
   throw DeviceError(kReason);
 }
 

@@ -71,6 +71,9 @@ Channels::Channels(const std::string& name, int size)
 }
 
 Channels::~Channels() {
+  if (!complete()) {
+    unlink(path_.c_str());  // nobody else will do that
+  }
   munmap(head_, bytes_);
 }
 

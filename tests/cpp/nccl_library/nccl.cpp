@@ -2,11 +2,13 @@
 // NCCL on CUDA's library of the tests: ranks of one machine, by memory that
 // they share. Collectives are sends to all, and sums in the order of ranks. The
 // types are not NCCL's, so that its header is not needed.
+#include <net/if.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -21,6 +23,7 @@ enum Result {
   kSuccess = 0,
   kSystemError = 2,
   kInvalidArgument = 4,
+  kInvalidUsage = 5,
   kInProgress = 7
 };
 enum Operation { kSum, kProduct, kMost, kLeast };
@@ -145,6 +148,12 @@ int exchange(
   return kSuccess;
 }
 
+/// "=NAME" has NCCL use that interface alone.
+bool hasInterface() {
+  const char* name = std::getenv("NCCL_SOCKET_IFNAME");
+  return name == nullptr || *name != '=' || if_nametoindex(name + 1) != 0;
+}
+
 size_t bytesOf(size_t count, int type) {
   return count * kTypeBytes[static_cast<size_t>(type)];
 }
@@ -183,6 +192,9 @@ int ncclGetUniqueId(Id* id) {
 
 int ncclCommInitRankConfig(
     void** communicator, int size, Id id, int rank, const Config* config) {
+  if (!hasInterface()) {
+    return kInvalidUsage;
+  }
   try {
     auto made = std::make_unique<Shared>(
         std::make_shared<Communicator>(id.bytes.data(), size, rank));
