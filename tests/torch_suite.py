@@ -209,6 +209,11 @@ def make_test_case(suite: types.ModuleType, groups: Any) -> type[unittest.TestCa
             # In a process of its own the suite would read it anew.
             suite.INIT_METHOD = os.environ["INIT_METHOD"]
             groups.value = 0
+            self._timed_out = False
+            # A file each, as what they write at once into one would be mixed up.
+            type(self).stacks = [
+                os.memfd_create("stack") for _ in range(int(self.world_size))
+            ]
             threads = os.listdir("/proc/self/task")
             if len(threads) != 1:
                 raise RuntimeError(f"{len(threads)} threads, expected one to fork from")
@@ -224,28 +229,52 @@ def make_test_case(suite: types.ModuleType, groups: Any) -> type[unittest.TestCa
                     rank.kill()
                     rank.join()
                 rank.close()
+            for stack in self.stacks:
+                os.close(stack)
             if os.path.exists(self.file_name):
                 os.unlink(self.file_name)
 
         @classmethod
-        def _run(cls, *args: Any, **kwargs: Any) -> None:
+        def _run(cls, rank: int, *args: Any, **kwargs: Any) -> None:
             _die_with_parent()
             # A rank that is ended because it hangs says where it stands.
-            faulthandler.register(signal.SIGTERM, all_threads=True, chain=True)
+            faulthandler.register(
+                signal.SIGTERM, file=cls.stacks[rank], all_threads=True, chain=True
+            )
             # A forked child would skip what an interpreter does as it exits. But what
             # was registered before the fork is the parent's, its temporary folder say.
             atexit._clear()
             try:
-                super()._run(*args, **kwargs)
+                super()._run(rank, *args, **kwargs)
             finally:
                 atexit._run_exitfuncs()
 
+        def _get_timedout_process_traceback(self) -> None:
+            self._timed_out = True
+            super()._get_timedout_process_traceback()
+
         def _check_return_codes(self, fn: Callable, elapsed_time: float) -> None:
+            # The suite itself would tell the exit codes of ranks that it has ended,
+            # where all of them are gone by now.
+            if self._timed_out:
+                raise RuntimeError(
+                    f"timed out after {elapsed_time} seconds\n{self._read_stacks()}"
+                )
             super()._check_return_codes(fn, elapsed_time)
             # The suite itself looks at the first rank's only.
             if fn not in self.skip_return_code_checks:
                 codes = [rank.exitcode for rank in self.processes]
                 self.assertEqual(codes, codes[:1] * len(codes), "exit codes of ranks")
+
+        def _read_stacks(self) -> str:
+            texts = []
+            for number, (rank, file) in enumerate(
+                zip(self.processes, self.stacks, strict=True)
+            ):
+                rank.join(_EXIT_SECONDS)
+                stack = os.pread(file, 1 << 20, 0)
+                texts.append(f"rank {number}:\n{stack.decode(errors='replace')}")
+            return "\n".join(texts)
 
     return TestAutoMoe
 
