@@ -20,8 +20,6 @@ if WITHOUT_GPU:
 
 # For one test. Without a GPU, ranks and what stands for GPUs share few cores.
 SECONDS = 300 if WITHOUT_GPU else 60
-# In which ranks must have heard of one that is lost, and ended.
-HEARD_SECONDS = 60 if WITHOUT_GPU else 15
 
 KIND = "cuda"  # a test without a GPU puts another kind of device here
 FLOATS = ("float64", "float32", "bfloat16", "float16")
