@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from distributed import RankPool
 from exchange_cases import draw_case, group_pairs, same_bits, start
+from process_memory import kilobytes_in_use
 
 _SHAPES = {
     "1x2": [2],
@@ -202,12 +203,11 @@ def use_functional(count: int) -> int:
 
 def _in_use() -> dict[str, int]:
     process = Path("/proc/self")
-    pages = int((process / "statm").read_text().split()[1])
     return {
         "descriptors": len(os.listdir(process / "fd")),
         "threads": len(os.listdir(process / "task")),
         "mappings": len((process / "maps").read_text().splitlines()),
-        "kilobytes": pages * os.sysconf("SC_PAGE_SIZE") // 1024,
+        "kilobytes": kilobytes_in_use(),
     }
 
 
@@ -295,9 +295,9 @@ def test_groups_made_and_destroyed_leave_nothing(nodes: list[int]) -> None:
         for warm, after in pool.run(live_and_die, [10, 50], deadline=300):
             for key in ("descriptors", "threads"):
                 assert after[key] <= warm[key], (warm, after)
-            # The allocator's own; one mapping or 200 kB per group would show.
+            # One mapping or 100 kB per group would show.
             assert after["mappings"] <= warm["mappings"] + 20, (warm, after)
-            assert after["kilobytes"] <= warm["kilobytes"] + 10_000, (warm, after)
+            assert after["kilobytes"] <= warm["kilobytes"] + 5_000, (warm, after)
 
 
 @pytest.mark.slow

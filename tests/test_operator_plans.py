@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import moe_cases
 import moe_reference as reference
@@ -16,6 +14,7 @@ import torch
 import torch.distributed as dist
 from distributed import RankPool
 from moe_cases import Case
+from process_memory import kilobytes_in_use
 
 import torch_automoe as automoe
 
@@ -173,9 +172,7 @@ def stay_level(turns: int) -> tuple[int, int, int]:
     def in_use(count: int) -> int:
         for _ in range(count):
             moe_cases.run_pair(case, inputs)
-        gc.collect()
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") // 1024
+        return kilobytes_in_use()
 
     payload = 64 * 4 * 512 * 4 // 1024
     return in_use(turns // 5), in_use(turns), payload
@@ -222,5 +219,5 @@ def test_each_row_crosses_once(rank_pool: RankPool, hidden: int) -> None:
 @pytest.mark.parametrize("turns", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_memory_stays_level(rank_pool: RankPool, turns: int) -> None:
     for warm, after, payload in rank_pool.run(stay_level, turns, deadline=600):
-        # The allocator's own; one payload in four iterations would show.
-        assert after <= warm + 20 * payload, (warm, after, payload)
+        # What other threads hold just now; one payload in ten iterations would show.
+        assert after <= warm + 8 * payload, (warm, after, payload)
