@@ -267,7 +267,8 @@ void Engine::processUnreachable(uint64_t process, const std::string& cause) {
 }
 
 void Engine::checkSuspects(Clock::time_point now) {
-  const auto ripe = std::partition(
+  // Stable, as the first that broke is at fault: others may have left for it.
+  const auto ripe = std::stable_partition(
       suspects_.begin(), suspects_.end(), [&](const Suspect& it) {
         return now - it.since < kGoodbyeGrace;
       });

@@ -255,8 +255,9 @@ bool Network::progress() {
     worked = true;
   }
   while (!broken_.empty()) {
-    Endpoint& endpoint = *broken_.back();
-    broken_.pop_back();
+    // The first that broke is at fault: others may have left because of it.
+    Endpoint& endpoint = *broken_.front();
+    broken_.erase(broken_.begin());
     worked = true;
     closeEndpoint(endpoint);
     listener_.processUnreachable(endpoint.process, endpoint.cause);
