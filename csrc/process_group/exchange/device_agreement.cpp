@@ -190,8 +190,10 @@ std::vector<DeviceMemory::Offer> DeviceAgreement::gather(
   arguments.description.total = to.size() * sizeof(Report);
   OperationCallbacks callbacks;
   callbacks.released = [reports] {};
-  const auto operation =
-      group_.collective(std::move(arguments), timeout_, std::move(callbacks));
+  // Longer than a step takes that fails by its own timeout: who has been quick
+  // waits for its report.
+  const auto operation = group_.collective(
+      std::move(arguments), 2 * timeout_, std::move(callbacks));
   engine_.wait(*operation, Engine::Clock::time_point::max());
   if (operation->error() != nullptr) {
     std::rethrow_exception(operation->error());
