@@ -30,9 +30,11 @@ class DeviceFailure : public DeviceFailureTest {
   }
 
   /// What rank `rank` hears when it makes the calls, then waits for them.
-  std::string hears(int rank, TwinCall& call) {
+  std::string hears(
+      int rank, TwinCall& call, const std::function<void()>& posted = [] {}) {
     return heardOf([&] {
       call.enqueue(exchange(rank));
+      posted();
       for (const auto& made : call.calls) {
         finish(engine(rank), *made.operation);
       }
@@ -79,14 +81,20 @@ TEST_P(DeviceFailure, OtherCallsAreNamed) {
 }
 
 TEST_P(DeviceFailure, ARankThatDoesNotCallIsNamed) {
+  std::atomic<int> posted{0};
   run([&](int rank) {
     if (rank == last()) {
       return;
     }
     const auto call = makeCall(rank);
-    call->timeout = kShort;
+    if (rank == 0) {
+      // It gives up first; then all others have called.
+      call->timeout = kShort;
+      EXPECT_TRUE(eventually([&] { return posted >= size() - 2; }));
+    }
     expectContains(
-        hears(rank, *call), concat("ranks that have not posted it: ", last()));
+        hears(rank, *call, [&] { posted += 1; }),
+        concat("ranks that have not posted it: ", last()));
     expectThrough(rank, *call);
   });
 }
@@ -131,6 +139,7 @@ TEST_P(DeviceFailure, AnErrorThatIsNoneOfOursIsNamed) {
 }
 
 TEST_P(DeviceFailure, WorkThatFailsOnTheDeviceIsNamed) {
+  std::atomic<int> posted{0};
   run([&](int rank) {
     const auto call = makeCall(rank);
     DeviceExchange::Terms terms;
@@ -141,7 +150,10 @@ TEST_P(DeviceFailure, WorkThatFailsOnTheDeviceIsNamed) {
       terms.after = call->enqueueBroken();
     }
     const auto made = call->dispatchOnce(exchange(rank), terms);
+    posted += 1;
     if (rank == 2) {
+      // A group that has failed takes no calls.
+      EXPECT_TRUE(eventually([&] { return posted >= size(); }));
       world().resume(rank);
     }
     const std::string text =

@@ -3,6 +3,7 @@
 // the CPU, between other calls, on doubles that run work in any legal order.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <functional>
 #include <string>
@@ -330,6 +331,7 @@ TEST(DeviceGraph, ARankThatDoesNotCaptureIsNamed) {
 
 TEST(DeviceGraph, ARankLostDuringReplaysLetsTheOthersGo) {
   DeviceRanks ranks(Shape{{2, 2}}, 10);
+  std::atomic<int> ready{0};
   ranks.run([&](int rank) {
     GraphCalls calls(ranks, rank, planOf(ranks, rank, 2));
     calls.upload();
@@ -337,6 +339,8 @@ TEST(DeviceGraph, ARankLostDuringReplaysLetsTheOthersGo) {
     const Graph graph = calls.capture();
     calls.replay(graph);
     calls.finish();
+    ready += 1;
+    EXPECT_TRUE(eventually([&] { return ready == ranks.size(); }));
     if (rank == 3) {
       // Long enough for the others to wait for its replay, in most runs.
       std::this_thread::sleep_for(milliseconds(200));

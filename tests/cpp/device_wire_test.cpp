@@ -4,6 +4,9 @@
 
 #include <gtest/gtest.h>
 
+#include <memory>
+#include <vector>
+
 #include "device_dispatches.hpp"
 #include "process_group/common/error.hpp"
 
@@ -178,12 +181,17 @@ TEST(DeviceWire, TakesOneKernelMore) {
 TEST(DeviceWire, ADisagreementIsNamed) {
   DeviceRanks ranks(Shape{{1, 2}}, 7);
   const Routing routing = randomRouting(3, 6, 2, 5, 1);
+  std::vector<std::unique_ptr<DispatchTwin>> twins(3);
+  // Before any rank goes on: it would fail the dispatch on the CPU of others.
   ranks.run([&](int rank) {
-    DispatchTwin twin(
+    twins[static_cast<size_t>(rank)] = std::make_unique<DispatchTwin>(
         ranks,
         rank,
         routing,
-        {.wire = rank == 2 ? DeviceWire::kFp8 : DeviceWire::kAsIs});
+        DispatchCase{.wire = rank == 2 ? DeviceWire::kFp8 : DeviceWire::kAsIs});
+  });
+  ranks.run([&](int rank) {
+    DispatchTwin& twin = *twins[static_cast<size_t>(rank)];
     try {
       twin.enqueue();
       twin.finish();

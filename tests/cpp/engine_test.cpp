@@ -8,20 +8,15 @@
 
 #include <algorithm>
 #include <atomic>
-#include <filesystem>
 
 #include "buffers.hpp"
+#include "processes.hpp"
 
 namespace automoe::testing {
 namespace {
 
 using std::chrono::milliseconds;
 using std::chrono::seconds;
-
-std::ptrdiff_t countOf(const char* folder) {
-  const std::filesystem::directory_iterator entries(folder);
-  return std::distance(begin(entries), end(entries));
-}
 
 TEST(EngineTest, OperationsEndWhileNobodyWaits) {
   Ranks ranks(Shape{{2, 1}});
@@ -211,7 +206,7 @@ TEST(EngineTest, ShutdownEndsOperationsThatOtherThreadsPostMeanwhile) {
   std::vector<Posted> posted;
   Ranks ranks(Shape{{2}});
   posted.push_back(post(ranks.group(0), equalSizes(2, 100)));
-  std::thread leaving([&] { ranks.group(0).leave(milliseconds(1000)); });
+  std::thread leaving([&] { ranks.group(0).leave(seconds(20)); });
   // Long enough for it to wait for the first operation in most runs.
   std::this_thread::sleep_for(milliseconds(100));
   try {
@@ -310,13 +305,13 @@ TEST(EngineTest, NothingIsLeftOfEnginesThatAreGone) {
     });
   };
   cycle();  // what UCX keeps for the life of the process
-  const auto descriptors = countOf("/proc/self/fd");
-  const auto threads = countOf("/proc/self/task");
+  const auto descriptors = countDescriptors();
+  const auto threads = countThreads();
   for (int i = 0; i < 10; ++i) {
     cycle();
   }
-  EXPECT_EQ(countOf("/proc/self/fd"), descriptors);
-  EXPECT_EQ(countOf("/proc/self/task"), threads);
+  EXPECT_EQ(countDescriptors(), descriptors);
+  EXPECT_EQ(countThreads(), threads);
 }
 
 TEST(EngineTest, ForkedChildIsToldThatItCannotUseTheEngine) {

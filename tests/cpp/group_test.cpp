@@ -4,20 +4,14 @@
 
 #include <gtest/gtest.h>
 
-#include <filesystem>
-
 #include "buffers.hpp"
+#include "processes.hpp"
 
 namespace automoe::testing {
 namespace {
 
 using std::chrono::milliseconds;
 using std::chrono::seconds;
-
-std::ptrdiff_t countOf(const char* folder) {
-  const std::filesystem::directory_iterator entries(folder);
-  return std::distance(begin(entries), end(entries));
-}
 
 class GroupTest : public ::testing::TestWithParam<Shape> {};
 
@@ -334,8 +328,8 @@ TEST(GroupCyclesTest, JoiningAndLeavingManyTimesLeavesNothing) {
   };
   cycle(0);
   const size_t bytes = settled();
-  const auto descriptors = countOf("/proc/self/fd");
-  const auto threads = countOf("/proc/self/task");
+  const auto descriptors = countDescriptors();
+  const auto threads = countThreads();
   for (int i = 1; i <= 200; ++i) {
     cycle(i);
   }
@@ -344,8 +338,8 @@ TEST(GroupCyclesTest, JoiningAndLeavingManyTimesLeavesNothing) {
     after = settled();
   }
   EXPECT_EQ(after, bytes);
-  EXPECT_EQ(countOf("/proc/self/fd"), descriptors);
-  EXPECT_EQ(countOf("/proc/self/task"), threads);
+  EXPECT_EQ(countDescriptors(), descriptors);
+  EXPECT_EQ(countThreads(), threads);
 }
 
 }  // namespace

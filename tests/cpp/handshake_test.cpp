@@ -12,24 +12,20 @@
 #include <cstring>
 #include <filesystem>
 #include <functional>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "process_group/common/error.hpp"
 #include "process_group/memory/node_memory.hpp"
+#include "processes.hpp"
 
 namespace automoe {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+using testing::newProcess;
 
-// Ids that no other process of this machine uses: names are made of them.
-uint64_t newProcess() {
-  std::random_device random;
-  return uint64_t{random()} << 32 | random();
-}
+using Clock = std::chrono::steady_clock;
 
 const uint64_t kProcess = newProcess();
 const uint64_t kStranger = newProcess();
@@ -364,6 +360,9 @@ TEST_F(HandshakeTest, ListenerThatAnswersNonsenseIsAnError) {
   const FileDescriptor listener = listenAt(address);
   std::thread stranger([&] {
     const FileDescriptor socket = acceptFrom(listener.get());
+    // It gives up after a second, and the other one may be slow.
+    pollfd ready{.fd = socket.get(), .events = POLLIN, .revents = 0};
+    EXPECT_EQ(::poll(&ready, 1, 20'000), 1);
     char text[512];
     EXPECT_GT(::recv(socket.get(), text, sizeof(text), 0), 0);
     sendBytes(socket.get(), "nonsense", 8);

@@ -9,23 +9,19 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "process_group/common/error.hpp"
+#include "processes.hpp"
 
 namespace automoe {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+using testing::newProcess;
 
-/// An id that no other process of this machine uses.
-uint64_t newProcess() {
-  std::random_device random;
-  return uint64_t{random()} << 32 | random();
-}
+using Clock = std::chrono::steady_clock;
 
 Config smallMemory(bool crossMemory = true) {
   Config config;

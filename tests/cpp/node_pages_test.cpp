@@ -10,9 +10,12 @@
 #include <optional>
 
 #include "process_group/common/error.hpp"
+#include "processes.hpp"
 
 namespace automoe {
 namespace {
+
+using testing::newProcess;
 
 const auto kPage = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
 
@@ -23,7 +26,7 @@ Config smallConfig() {
 }
 
 TEST(NodePages, MatesSeeTheSameWholePages) {
-  NodeMemory memory(0x9a6e5, smallConfig());
+  NodeMemory memory(newProcess(), smallConfig());
   // So that no extent begins with a page, and that there is something in it.
   const auto before = memory.allocate(3 * kPage, 1);
   std::memset(before->data, 0x55, 3 * kPage);
@@ -45,7 +48,7 @@ TEST(NodePages, MatesSeeTheSameWholePages) {
 }
 
 TEST(NodePages, StayAfterTheMemoryThatTheyAreIn) {
-  std::optional<NodeMemory> memory(std::in_place, 0x9a6e6, smallConfig());
+  std::optional<NodeMemory> memory(std::in_place, newProcess(), smallConfig());
   const NodePages pages = NodePages::make(*memory, 10);
   memory.reset();
   pages.data()[3] = std::byte{4};
@@ -53,7 +56,7 @@ TEST(NodePages, StayAfterTheMemoryThatTheyAreIn) {
 }
 
 TEST(NodePages, AreGivenBack) {
-  NodeMemory memory(0x9a6e7, smallConfig());
+  NodeMemory memory(newProcess(), smallConfig());
   const size_t before = memory.allocatedBytes();
   NodePages::Extent extent;
   {
@@ -67,7 +70,7 @@ TEST(NodePages, AreGivenBack) {
 }
 
 TEST(NodePages, RefuseWhatIsNotThere) {
-  NodeMemory memory(0x9a6e8, smallConfig());
+  NodeMemory memory(newProcess(), smallConfig());
   EXPECT_THROW(NodePages::make(memory, size_t{1} << 24), TransportError);
   EXPECT_THROW(
       NodePages::attach(memory.segment(), size_t{1} << 24, 10), TransportError);

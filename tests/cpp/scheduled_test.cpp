@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "buffers.hpp"
@@ -275,13 +276,20 @@ TEST_P(ScheduledTest, OtherCollectiveFailsEveryRankByName) {
 TEST_P(ScheduledTest, LateRankIsNamedAtTheTimeout) {
   const Shape shape = GetParam();
   std::vector<Call> calls(static_cast<size_t>(shape.size()));
+  std::atomic<int> posted{0};
   Ranks ranks(shape);
   ranks.run([&](int rank) {
     if (rank == 1) {
       return;
     }
+    if (rank == 0) {
+      // It gives up first; then all others have called.
+      EXPECT_TRUE(eventually([&] { return posted == shape.size() - 2; }));
+    }
     Call& call = calls[static_cast<size_t>(rank)];
-    call = allGather(ranks.group(rank), 100, 0, milliseconds(300));
+    call = allGather(
+        ranks.group(rank), 100, 0, milliseconds(rank == 0 ? 300 : 30000));
+    posted += 1;
     const std::string text = errorOf<TimeoutError>(
         [&] { finish(ranks.engine(rank), *call.operation); });
     expectContains(text, "timed out in all_gather number 0 of group world");
