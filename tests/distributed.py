@@ -287,12 +287,16 @@ class RankPool:
 
     def _stacks(self, hung: list[int], seconds: float) -> dict[int, Outcome]:
         """Let ranks that do not answer write down where every thread stands."""
+        before = {rank: self._ranks[rank].log_bytes() for rank in hung}
         for rank in hung:
             self.kill(rank, signal.SIGCONT)
             self.kill(rank, signal.SIGUSR1)
-        if hung:
+        limit = time.monotonic() + 10
+        while before and time.monotonic() < limit:
             # Nothing tells when faulthandler is done; it takes milliseconds.
             time.sleep(1.0)
+            now = {rank: self._ranks[rank].log_bytes() for rank in before}
+            before = {rank: it for rank, it in before.items() if now[rank] == it}
         late = f"{self.after_failure:g} s after another rank's failure"
         text = f"no answer within {seconds:g} s, or {late}"
         return {

@@ -81,6 +81,9 @@ class Rank:
         self._report.close()
         os.close(self._pidfd)
 
+    def log_bytes(self) -> int:
+        return self.log.stat().st_size
+
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-LOG_TAIL:]
 

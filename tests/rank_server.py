@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forks ranks that have torch already: one import (seconds) serves a whole test run.
 
+What most tests import on their ranks is there too, and whether nodes can be emulated is
+known: else every new rank takes seconds for that in its first call.
+
 Run as a program by rank_link.py, which sends one request per rank. Each rank is a
 grandchild: a child joins the namespaces of the rank's node, the grandchild, which only
 then is inside the node's pid namespace, becomes the rank. All of them die with their
@@ -20,11 +23,17 @@ import sys
 import traceback
 from datetime import timedelta
 
+import lab_processes  # noqa: F401
 import torch
 import torch.distributed as dist
 from rank_link import receive_frame, send_frame
 
 from torch_automoe.lab import channel, namespaces
+
+if torch.version.cuda is None:
+    # Else an import may ask the GPU, whose answers do not survive a fork.
+    import torch.distributed.fsdp
+    import torch.distributed.tensor
 
 _NAMESPACES = ("mnt", "uts", "ipc", "net", "pid")
 

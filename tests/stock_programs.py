@@ -199,12 +199,13 @@ def fails_once_under_torchrun(folder: str) -> None:
     """Rank 1 fails in its first life, in the middle of the others' collective."""
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     rank, size = init()
+    if life == 0 and rank != 1:
+        # The agent ends them as soon as rank 1 has failed; they write first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     exchange()
     if life == 0:
         if rank == 1:
             os._exit(3)
-        # The agent ends the others as soon as it sees that; this one writes first.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         text = error_of(lambda: dist.all_reduce(torch.ones(1000)))
         Path(folder, f"error-{rank}").write_text(text)
         sys.exit(4)

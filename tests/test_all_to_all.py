@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from distributed import RankPool
 from exchange_cases import draw_case, group_pairs, same_bits, start
-from process_memory import kilobytes_in_use
+from own_process import kilobytes_in_use, num_threads
 
 _SHAPES = {
     "1x2": [2],
@@ -205,7 +205,7 @@ def _in_use() -> dict[str, int]:
     process = Path("/proc/self")
     return {
         "descriptors": len(os.listdir(process / "fd")),
-        "threads": len(os.listdir(process / "task")),
+        "threads": num_threads(),
         "mappings": len((process / "maps").read_text().splitlines()),
         "kilobytes": kilobytes_in_use(),
     }

@@ -83,8 +83,10 @@ def disagree(
     Returns:
         how many calls of this rank succeeded, and the error that came then.
     """
-    group = dist.new_group(backend="automoe", timeout=timedelta(seconds=timeout))
+    group = dist.new_group(backend="automoe", timeout=timedelta(seconds=20))
     Call("barrier")(group)
+    backend = group._get_backend(torch.device("cpu"))
+    backend.set_timeout(timedelta(seconds=timeout))
     dist.barrier()  # all have left the other one
     first = odd_call if dist.get_rank() == odd else call
     result = 2, "", "no error"

@@ -126,21 +126,26 @@ def die_while_sending(victim: int, folder: str) -> tuple[str, str]:
     return "", "no error"
 
 
-def crash_with_open_groups() -> None:
+def crash_with_open_groups(folder: str) -> None:
     """Use node memory and network, so that there is something to leave behind."""
     for group in (dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=30))):
         small_exchange(group, 0)
         large_exchange(group, 0)
+    Path(folder, str(dist.get_rank())).touch()
     time.sleep(1000)
 
 
 # ---- tests ----
 
 
-def _kill_when_ready(pool: RankPool, victim: int, folder: Path) -> list[Outcome]:
+def _await_ready(pool: RankPool, folder: Path) -> None:
     await_condition(
         lambda: len(list(folder.iterdir())) == pool.world_size, "ranks are ready"
     )
+
+
+def _kill_when_ready(pool: RankPool, victim: int, folder: Path) -> list[Outcome]:
+    _await_ready(pool, folder)
     time.sleep(0.3)  # most of them are inside the wait now; both ways must work
     pool.kill(victim)
     return pool.join(check=False)
@@ -204,7 +209,7 @@ class TestKilledRank:
         outcomes = _kill_when_ready(rank_pool, victim, tmp_path)
         _check(outcomes, victim, list(range(rank_pool.world_size)))
 
-    def test_leaves_nothing_behind(self, rank_pool: RankPool) -> None:
+    def test_leaves_nothing_behind(self, rank_pool: RankPool, tmp_path: Path) -> None:
         def left() -> set[str]:
             found = {str(it) for it in Path("/tmp").iterdir()}
             found = {it for it in found if re.search("automoe|ucx|ucp|gloo", it)}
@@ -215,8 +220,8 @@ class TestKilledRank:
             return found
 
         before = left()
-        rank_pool.submit(crash_with_open_groups)
-        time.sleep(1.0)
+        rank_pool.submit(crash_with_open_groups, str(tmp_path))
+        _await_ready(rank_pool, tmp_path)
         # All are stopped first, or the last ones hear of the first one's end.
         for signum in (signal.SIGSTOP, signal.SIGKILL):
             for rank in range(rank_pool.world_size):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from distributed import RankPool
 from moe_cases import Case
-from process_memory import kilobytes_in_use
+from own_process import kilobytes_in_use
 
 import torch_automoe as automoe
 

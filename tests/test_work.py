@@ -177,8 +177,10 @@ def abort_group() -> tuple[str, str]:
 
 def time_out(missing: int, seconds: float) -> tuple[str, str]:
     """A rank does not come in the group's time; returns what each was told."""
-    group = dist.new_group(backend="automoe", timeout=timedelta(seconds=seconds))
+    group = dist.new_group(backend="automoe", timeout=timedelta(seconds=20))
     _post(10, group)[0].wait()
+    backend = group._get_backend(torch.device("cpu"))
+    backend.set_timeout(timedelta(seconds=seconds))
     error = ("", "")
     if dist.get_rank() != missing:
         error = _error_of(_post(10, group)[0].wait)

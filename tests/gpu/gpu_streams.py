@@ -333,12 +333,13 @@ def measure_growth(iterations: int, new_plans: bool) -> dict[str, int]:
 
     def used() -> dict[str, int]:
         # Tensors of the last calls are let go by another thread, and nothing tells
-        # when: so until two readings agree. It waits longer on a slow machine.
-        before = read()
-        for _ in range(40):
+        # when: so until it has rested for half a second.
+        before, same = read(), 0
+        for _ in range(200):
             time.sleep(0.05)
             now = read()
-            if now == before:
+            same = same + 1 if now == before else 0
+            if same == 10:
                 return now
             before = now
         raise AssertionError(f"memory does not come to rest: {before}")
