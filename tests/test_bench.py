@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from torch_automoe.lab import Loopback
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -55,36 +56,31 @@ sys.exit(all_to_all_bench.main())
 """
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def run_ranks(program: Path, *arguments: str, ranks: int = 2):
     """Run ``program`` as torchrun would: exit codes, rank 0's output, all errors."""
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), *arguments],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        texts = [process.communicate(timeout=180) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    with Loopback([ranks]) as nodes:  # which keeps a port for them
+        environment = os.environ | {
+            "MASTER_ADDR": nodes.master[0],
+            "MASTER_PORT": str(nodes.master[1]),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(program), *arguments],
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            texts = [process.communicate(timeout=180) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
     codes = [process.returncode for process in processes]
     return codes, texts[0][0], "\n".join(error for _, error in texts)
 

@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -174,6 +175,22 @@ def test_loopback_runs_the_same_jobs(capfd: pytest.CaptureFixture) -> None:
         "[node0 rank1] 1 1 0 node0",
         "[node1 rank2] 2 0 1 node1",
     ]
+
+
+def test_loopback_keeps_the_port_of_rank_0() -> None:
+    with Loopback([2]) as nodes:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(nodes.master)
+        for _ in range(2):  # jobs one after another
+            with (
+                socket.create_server(nodes.master) as server,
+                socket.create_connection(nodes.master),
+            ):
+                server.accept()[0].close()
+    with Loopback([2]) as nodes:
+        pass
+    with socket.socket() as other:
+        other.bind(nodes.master)
 
 
 # ---- Nothing is left

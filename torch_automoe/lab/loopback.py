@@ -91,7 +91,8 @@ class Loopback(Nodes):
             ValueError: an argument is out of its range; the message names it.
         """
         super().__init__(make_spec(nodes, threads=threads, placement=placement))
-        self._port = _free_port()
+        self._reserved = _reserve_port()
+        self._port = self._reserved.getsockname()[1]
 
     def __enter__(self) -> Loopback:
         return self
@@ -109,7 +110,8 @@ class Loopback(Nodes):
         return {"AUTOMOE_NODE": hostname(node)} if self.spec.num_nodes > 1 else {}
 
     def close(self) -> None:
-        """Nothing to do: each job ends its own processes."""
+        """Let the port of rank 0's store go; each job ends its own processes."""
+        self._reserved.close()
 
     def popen(
         self,
@@ -142,6 +144,14 @@ def _die_with_parent() -> None:
     namespaces.set_parent_death_signal(signal.SIGKILL)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+def _reserve_port() -> socket.socket:
+    """A port that no other program is given, on which a server can listen yet.
+
+    While a socket is bound to it, the kernel gives it to nobody who asks for any port.
+    But who names it may listen there, as long as this one does not, and both reuse
+    addresses, as servers do: see SO_REUSEADDR in socket(7).
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
