@@ -57,12 +57,23 @@ sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' 
   command -v "${CXX:-c++}" >/dev/null || install_or_say g++ "there is no C++ compiler"
 }
 
+# see_packages_of_venv FOLDER: where $python is that of a virtual environment, FOLDER
+# has not got its packages by --system-site-packages, but those of the Python below it.
+see_packages_of_venv() {
+  "$python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' || return 0
+  local own
+  own=$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+    >"$own/packages_of_python.pth"
+}
+
 make_venv() {
   local folder=$1 pip="$1/bin/python -m pip install -q --disable-pip-version-check"
   check_toolchain
   if [ -z "${TORCH:-}" ] && [ "$(has_supported_torch)" = yes ]; then
     say "making $folder with the torch of $python"
     "$python" -m venv --system-site-packages "$folder"
+    see_packages_of_venv "$folder"
   else
     say "making $folder with torch ${TORCH:-$default_torch}"
     "$python" -m venv "$folder"
