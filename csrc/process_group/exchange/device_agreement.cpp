@@ -22,6 +22,9 @@ using std::chrono::milliseconds;
 // Apart from those of handles, users and barriers.
 constexpr uint64_t kNewsTag = uint64_t{1} << 34;
 constexpr auto kPoll = milliseconds(1);
+// A step may fail by the timeout, on a rank that began it so much later; who
+// was quick waits for the report.
+constexpr auto kLater = milliseconds(10'000);
 
 /// kInterrupted: it has failed because another rank had.
 enum class Outcome : uint32_t { kDone, kFailed, kInterrupted };
@@ -190,10 +193,10 @@ std::vector<DeviceMemory::Offer> DeviceAgreement::gather(
   arguments.description.total = to.size() * sizeof(Report);
   OperationCallbacks callbacks;
   callbacks.released = [reports] {};
-  // Longer than a step takes that fails by its own timeout: who has been quick
-  // waits for its report.
   const auto operation = group_.collective(
-      std::move(arguments), 2 * timeout_, std::move(callbacks));
+      std::move(arguments),
+      timeout_ + std::min(timeout_, kLater),
+      std::move(callbacks));
   engine_.wait(*operation, Engine::Clock::time_point::max());
   if (operation->error() != nullptr) {
     std::rethrow_exception(operation->error());
